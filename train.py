@@ -1,0 +1,284 @@
+"""
+Train a diffusion model on unlabeled images, some of which must not be generated, and a few that are labeled so.
+
+    python train.py --dataset mnist --prior 0.5                          # half of the unlabeled digits are odd: learn the even
+    python train.py --dataset mnist --prior 0.5 --resume                 # go on after an interruption, exactly
+    python train.py --dataset mnist --prior 1/11 --sensitive 4,7         # other forbidden classes, 10 normal to 1 sensitive
+    python train.py --dataset mnist --prior 0.5 --algorithm unsupervised # what happens without the method
+
+One CPU or one GPU, whatever is there. Everything lands in --out_dir: ckpt.pt, log.csv, and a grid of samples now and then.
+"""
+import argparse
+import copy
+import csv
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from data import DATA_DIR, DATASETS, load, parse_classes, pu_split, save_grid, to_uint8
+from diffusion import GaussianDiffusion
+from pu_loss import pu_loss, supervised_loss, unsupervised_loss
+from unet import PRESETS, UNet, preset, read_checkpoint
+
+# -----------------------------------------------------------------------------
+# the command line
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+def fraction(text):
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 0.5 or 1/11")
+    return value
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+flag = parser.add_argument
+flag("--dataset", default="mnist", help=f"one of: {', '.join(DATASETS)} (default: mnist)")
+flag("--data_dir", type=Path, default=DATA_DIR, help="folder that holds mnist/ (default: data/ beside this file)")
+flag("--sensitive", help="what must not be generated: classes or groups, with commas (default: the data set's; mnist: odd)")
+flag("--prior", type=fraction, default=0.5, help="the fraction of sensitive images in U, and what the loss assumes (default: 0.5)")
+flag("--loss_prior", type=fraction, help="what the loss assumes instead, to study a wrong guess (default: --prior)")
+flag("--n_unlabeled", type=positive, help="images in U (default: as many as hold the data set's normal ones; mnist: 25,000 normal)")
+flag("--n_labeled", type=positive, help="images in S, labeled sensitive (default: the data set's; mnist: 2,500)")
+flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised"],
+     help="pu: the method; supervised: takes U for normal; unsupervised: ignores S (default: pu)")
+flag("--correction", default="abs", choices=["abs", "nn", "none"], help="where the estimated normal loss is negative (default: abs)")
+flag("--schedule", default="linear", choices=["linear", "cosine"], help="noise schedule (default: linear)")
+flag("--model", default="tiny", help=f"network: one of {', '.join(PRESETS)} (default: tiny)")
+flag("--batch_size", type=positive, default=128, help="images a step, from U and S together (default: 128)")
+flag("--sensitive_share", type=fraction, default=0.5, help="share of each batch that pu draws from S, at most 0.5 (default: 0.5)")
+flag("--max_steps", type=positive, default=4000, help="optimizer steps (default: 4000)")
+flag("--lr", type=float, default=2e-3, help="peak learning rate; the paper's network wants 1e-4 (default: 2e-3)")
+flag("--warmup_steps", type=int, default=200, help="steps of linear warm-up, before the cosine decay to 0 (default: 200)")
+flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
+flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
+flag("--seed", type=int, default=0, help="of the split, the initial weights and the noise (default: 0)")
+flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 or float16 on cuda, else float32)")
+flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on cuda only)")
+flag("--log_interval", type=positive, default=100, help="steps between two log lines (default: 100)")
+flag("--sample_interval", type=positive, default=500, help="steps between two sample grids and checkpoints (default: 500)")
+flag("--out_dir", type=Path, help="where all results go (default: out/DATASET-ALGORITHM-PRIOR)")
+flag("--resume", action="store_true", help="go on from the checkpoint in --out_dir, with the flags it was started with")
+
+MAY_CHANGE = {"device", "compile", "log_interval", "sample_interval", "max_steps", "data_dir", "out_dir", "resume"}
+
+def fail(error):
+    """The world is not as it should be: exit status 1. (A wish that cannot be granted is parser.error's: 2.)"""
+    sys.exit(f"train.py: error: {error}")
+
+args = parser.parse_args()
+args.out_dir = args.out_dir or Path("out") / f"{args.dataset}-{args.algorithm}-{args.prior:.4g}"
+ckpt_path = args.out_dir / "ckpt.pt"
+ckpt = None
+if args.resume:
+    try:
+        ckpt = read_checkpoint(ckpt_path)
+    except OSError as e:
+        fail(e)
+    parser.set_defaults(**ckpt["args"])    # the run's own flags, unless given again
+    args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
+    for name, value in ckpt["args"].items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            parser.error(f"--{name} cannot change on --resume: the run in {args.out_dir} has {value}")
+elif ckpt_path.exists():
+    parser.error(f"--out_dir {args.out_dir} already holds a run: add --resume to go on with it, or name another folder")
+
+if args.sensitive_share > 0.5:
+    parser.error(f"--sensitive_share {args.sensitive_share} is above 0.5: every image of S is paired with one of U")
+for name in ["lr", "grad_clip"]:
+    if not 0 < getattr(args, name) < math.inf:
+        parser.error(f"--{name} must be a positive number")
+if args.warmup_steps < 0 or not 0 <= args.ema_decay < 1:
+    parser.error("--warmup_steps must not be negative, and --ema_decay must be at least 0 and below 1")
+
+# -----------------------------------------------------------------------------
+# the device and its precision
+
+try:
+    device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
+    torch.empty(1, device=device)
+except (RuntimeError, AssertionError) as e:
+    parser.error(f"--device {args.device} is not to be had here: {str(e).splitlines()[0]}")
+if args.dtype is None:
+    args.dtype = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+if args.compile is None:
+    args.compile = device.type == "cuda"
+if device.type == "cuda":
+    torch.set_float32_matmul_precision("high")    # TF32
+autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+torch.manual_seed(args.seed)
+
+# -----------------------------------------------------------------------------
+# the data: U and S live on the device as bytes
+
+try:
+    data = load(args.dataset, args.data_dir)
+    info = DATASETS[args.dataset]
+    args.sensitive = args.sensitive or info["sensitive"]
+    args.n_unlabeled = args.n_unlabeled or round(info["n_normal"] / (1 - args.prior))
+    args.n_labeled = args.n_labeled or info["n_labeled"]
+    args.loss_prior = args.loss_prior or args.prior
+    sensitive = parse_classes(args.dataset, args.sensitive)
+    u, s = pu_split(data.train_labels, sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
+    config = preset(args.model, image_channels=data.train.shape[1], image_size=data.train.shape[2])
+    model = UNet(config).to(device, memory_format=torch.channels_last)
+except ValueError as e:
+    parser.error(e)
+except OSError as e:
+    fail(e)
+U, S = data.train[u].to(device), data.train[s].to(device)
+
+# each step draws a fixed number of each
+share = {"pu": args.sensitive_share, "supervised": len(S) / (len(U) + len(S)), "unsupervised": 0}[args.algorithm]
+n_s = round(share * args.batch_size)
+n_u = args.batch_size - n_s
+if args.algorithm == "pu" and not 0 < n_s <= n_u:
+    parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S")
+
+# -----------------------------------------------------------------------------
+# the model, its moving average, the loss and the optimizer
+
+ema = copy.deepcopy(model).eval().requires_grad_(False)
+diffusion = GaussianDiffusion(1000, args.schedule).to(device)
+fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
+optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **fused)
+scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+
+def loss_fn(x_0, t, eps):
+    """-> the risk, and [risk, mean l on U, mean l on S, was it corrected?] for the log"""
+    with autocast:
+        loss_u, loss_s = diffusion.per_image_loss(model, x_0, t, eps).split([n_u, n_s])
+    if args.algorithm == "pu":
+        risk = pu_loss(loss_u, loss_s, args.loss_prior, args.correction)
+    elif args.algorithm == "supervised":
+        risk = supervised_loss(loss_u, loss_s)
+    else:
+        risk = unsupervised_loss(loss_u)
+    mean_u, mean_s = loss_u.mean(), loss_s.mean()
+    return risk, torch.stack([risk, mean_u, mean_s, mean_u < args.loss_prior * mean_s]).detach()
+
+if args.compile:
+    loss_fn = torch.compile(loss_fn)
+
+step, sums, counted = 0, torch.zeros(4, device=device), 0    # sums of loss_fn's figures since the last log line
+if ckpt:
+    model.load_state_dict(ckpt["model"])
+    ema.load_state_dict(ckpt["ema"])
+    optimizer.load_state_dict(ckpt["optimizer"])
+    scaler.load_state_dict(ckpt["scaler"])
+    step, sums, counted = ckpt["step"], ckpt["sums"].to(device), ckpt["counted"]
+    torch.set_rng_state(ckpt["rng"]["cpu"])
+    if device.type in ckpt["rng"] and device.type != "cpu":
+        getattr(torch, device.type).set_rng_state(ckpt["rng"][device.type])
+
+# -----------------------------------------------------------------------------
+# where results go
+
+def save_checkpoint():
+    """Written beside the last one, then renamed: an interruption leaves one whole checkpoint, old or new."""
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        rng[device.type] = getattr(torch, device.type).get_rng_state()
+    saved_args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(), config=asdict(config), args=saved_args, step=step, sums=sums,
+                    counted=counted, rng=rng), f"{ckpt_path}.tmp")
+    os.replace(f"{ckpt_path}.tmp", ckpt_path)
+
+def save_samples():
+    generator = torch.Generator(device).manual_seed(args.seed)    # its own: sampling does not disturb training
+    shape = (64, config.image_channels, config.image_size, config.image_size)
+    path = args.out_dir / f"samples_{step:06d}.png"
+    save_grid(to_uint8(diffusion.sample(ema, shape, generator=generator)), path)
+    return path
+
+log_path = args.out_dir / "log.csv"
+columns = ["step", "risk", "loss_u", "loss_s", "corrected", "lr", "images_per_second", "seconds"]
+rows = []
+try:
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    if ckpt and log_path.exists():    # what was logged after the checkpoint will be logged again
+        rows = [row for row in csv.reader(log_path.open()) if row[0].isdecimal() and int(row[0]) <= step]
+    log_file = log_path.open("w", newline="")
+except OSError as e:
+    fail(f"--out_dir {args.out_dir} cannot be written: {e}")
+log = csv.writer(log_file)
+log.writerows([columns, *rows])
+
+# -----------------------------------------------------------------------------
+# the loop
+
+n_params = sum(p.numel() for p in model.parameters())
+print(f"{args.dataset}: U has {len(U):,} images, {args.prior:.4g} of them sensitive ({args.sensitive}); S has {len(S):,}")
+print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step")
+print(f"{args.model} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
+      f"{'compiled' if args.compile else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
+
+def log_step():
+    risk, loss_u, loss_s, corrected = (sums / counted).tolist()
+    if not math.isfinite(risk):
+        fail(f"the risk is {risk} around step {step}: training has diverged; try a lower --lr. "
+             + (f"{ckpt_path} holds the last good state" if ckpt_path.exists() else "No checkpoint was written yet"))
+    return risk, loss_u, loss_s, corrected
+
+start, mark, seconds_before = time.time(), time.time(), float(rows[-1][-1]) if rows else 0.0
+first_step = step
+while step < args.max_steps:
+    # one lr for this step: linear warm-up, then a cosine down to 0
+    progress = max(0, step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    lr = args.lr * min(1, (step + 1) / (args.warmup_steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    x_0 = torch.cat([U[torch.randint(len(U), (n_u,), device=device)], S[torch.randint(len(S), (n_s,), device=device)]])
+    x_0 = (x_0.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)    # [B, C, H, W] in [-1, 1]
+    # timesteps one golden ratio apart are spread evenly over [0, T), and so are the first few of them
+    t = (diffusion.T * ((torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)) % 1)).long()
+    eps = torch.randn_like(x_0[:n_u])
+    if n_s:    # image i of S has the timestep and noise of image i of U: the difference of their losses is less noisy
+        t, eps = torch.cat([t, t[:n_s]]), torch.cat([eps, eps[:n_s]])
+
+    risk, figures = loss_fn(x_0, t, eps)
+    scaler.scale(risk).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    with torch.no_grad():    # the average forgets the random start quickly, and is as slow as asked only later
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    sums += figures
+    counted += 1
+    step += 1
+
+    if step % args.log_interval == 0 or step == args.max_steps:
+        risk, loss_u, loss_s, corrected = log_step()
+        speed = counted * args.batch_size / (time.time() - mark)
+        elapsed = time.time() - start
+        left = elapsed / (step - first_step) * (args.max_steps - step)
+        print(f"step {step}/{args.max_steps}  risk {risk:.3f}  l_U {loss_u:.3f}  l_S {loss_s:.3f}  corrected {corrected:.0%}  "
+              f"lr {lr:.2e}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        log.writerow([step, risk, loss_u, loss_s, corrected, lr, round(speed, 1), round(seconds_before + elapsed, 1)])
+        log_file.flush()
+        sums, counted, mark = torch.zeros_like(sums), 0, time.time()
+    if step % args.sample_interval == 0 or step == args.max_steps:
+        pause = time.time()
+        if counted:
+            log_step()    # never over a good checkpoint
+        save_checkpoint()
+        samples_path = save_samples()
+        mark += time.time() - pause
