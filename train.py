@@ -282,3 +282,13 @@ while step < args.max_steps:
         save_checkpoint()
         samples_path = save_samples()
         mark += time.time() - pause
+
+# -----------------------------------------------------------------------------
+# where everything is
+
+if step == first_step:
+    print(f"{ckpt_path} is at step {step} already: nothing was left to do; --max_steps goes further")
+    sys.exit()
+minutes = (time.time() - start) / 60
+print(f"trained for {minutes:.1f} minutes; the checkpoint is {ckpt_path}, the log {log_path}, the last samples {samples_path}")
+print(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")

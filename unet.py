@@ -32,7 +32,7 @@ class UNetConfig:
 
 PRESETS = {
     # for 28x28 digits on a laptop: 14x14 inside
-    "tiny": dict(channels=(32, 64), attention=(1,), groups=8, patch=2),
+    "tiny": dict(channels=(32, 64), blocks=1, attention=(1,), groups=8, patch=2),
     # section 5 of the paper: 61.5 M parameters for RGB
     "paper": dict(channels=(128, 128, 256, 512), attention=(2,), groups=32),
 }
@@ -162,6 +162,13 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, c, eps=1e-6)
         self.conv_out = zero_init(nn.Conv2d(c, c_image, 3, padding=1))
 
+    @classmethod
+    def from_checkpoint(cls, ckpt: dict) -> "UNet":
+        """The network in a checkpoint (see read_checkpoint), with its averaged weights, ready to sample."""
+        model = cls(UNetConfig(**ckpt["config"]))
+        model.load_state_dict(ckpt["ema"])
+        return model.eval().requires_grad_(False)
+
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W], timesteps t [B] in [0, T) -> the predicted noise eps [B, C, H, W]."""
         pad, patch = self.config.pad, self.config.patch
@@ -209,3 +216,16 @@ def check(config):
     for c in {config.channels[i] for i in config.attention} | {config.channels[-1]}:
         if config.head_dim and c % config.head_dim:
             raise ValueError(f"head_dim = {config.head_dim} does not divide {c} channels of attention")
+
+
+def read_checkpoint(path) -> dict:
+    """What train.py saved, on the CPU. Raises OSError where the file is missing or is something else."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: train.py writes it at its first sample grid") from None
+    except Exception:    # torch.load raises whatever its readers do
+        ckpt = None
+    if not isinstance(ckpt, dict) or not {"config", "ema", "args"} <= ckpt.keys():
+        raise OSError(f"{path} is not a checkpoint of train.py, or is damaged")
+    return ckpt
