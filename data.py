@@ -2,7 +2,7 @@
 Images, and their split into what the method may see.
 
     data = load("mnist")                                     # uint8 images and labels
-    u, s = pu_split(data.train_labels, parse_classes("mnist", "odd"), prior=0.5, n_unlabeled=50000, n_labeled=2500)
+    u, s, _ = pu_split(data, parse_classes("mnist", "odd"), prior=0.5, n_unlabeled=50000, n_labeled=2500)
     U, S = data.train[u], data.train[s]                      # unlabeled: half of it odd digits; labeled: all odd
 
 `load` knows the labels because a data set to experiment with has them; a model is trained on U and S alone.
@@ -100,12 +100,13 @@ def parse_classes(name: str, text: str) -> list:
     return sorted(chosen)
 
 
-def pu_split(labels: torch.Tensor, sensitive: list, prior: float, n_unlabeled: int, n_labeled: int, seed: int = 0):
-    """Which images are U and which are S: two disjoint int64 index vectors into labels [N], in random order.
+def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_labeled: int, seed: int = 0) -> tuple:
+    """Which images are U, S and the test normals: int64 index vectors into data.train, data.train and data.test.
 
     U has n_unlabeled images, of which round(prior * n_unlabeled) are of the sensitive classes; S has n_labeled, all
-    of the sensitive classes. Raises ValueError, with the largest size that works, where there are too few images."""
-    is_sensitive = torch.isin(labels, torch.tensor(sensitive))
+    of the sensitive classes and none of them in U; both are in random order, drawn by the seed. The test normals are
+    all test images of the other classes. Raises ValueError, with the largest size that works, for too few images."""
+    is_sensitive = torch.isin(data.train_labels, torch.tensor(sensitive))
     n_pos, n_neg = int(is_sensitive.sum()), int((~is_sensitive).sum())
 
     def fits(n):    # U of n images: enough sensitive ones beside those for S, and enough normal ones?
@@ -131,7 +132,8 @@ def pu_split(labels: torch.Tensor, sensitive: list, prior: float, n_unlabeled: i
         return index[torch.randperm(len(index), generator=generator)]
     positives, negatives = shuffle(is_sensitive.nonzero()[:, 0]), shuffle((~is_sensitive).nonzero()[:, 0])
     u = shuffle(torch.cat([positives[:n_hidden], negatives[:n_unlabeled - n_hidden]]))
-    return u, positives[n_hidden:n_hidden + n_labeled]
+    test_normal = (~torch.isin(data.test_labels, torch.tensor(sensitive))).nonzero()[:, 0]
+    return u, positives[n_hidden:n_hidden + n_labeled], test_normal
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
@@ -142,7 +144,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 def save_png(image: torch.Tensor, path: Path):
     """image [C, H, W] uint8, one channel or three -> a PNG file."""
     pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, format="PNG")
 
 
 def save_grid(images: torch.Tensor, path: Path):

@@ -15,9 +15,10 @@ import torch
 
 from data import save_grid, save_png, to_uint8
 from diffusion import GaussianDiffusion
-from unet import UNet, read_checkpoint
+from unet import UNet, find_device, read_checkpoint
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 usage="python sample.py --ckpt CKPT [--flag value ...]")
 flag = parser.add_argument
 flag("--ckpt", type=Path, required=True, help="the ckpt.pt that train.py wrote")
 flag("--n", type=int, default=64, help="number of images (default: 64)")
@@ -35,13 +36,9 @@ for name in ["n", "steps", "batch_size"]:
         parser.error(f"--{name} must be a positive number")
 if args.grid is None and args.out_dir is None:
     args.grid = Path("samples.png")
-try:
-    device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
-    torch.empty(1, device=device)
-except (RuntimeError, AssertionError) as e:
-    parser.error(f"--device {args.device} is not to be had here: {str(e).splitlines()[0]}")
 
 try:
+    device = find_device(args.device)
     ckpt = read_checkpoint(args.ckpt)
     model = UNet.from_checkpoint(ckpt).to(device, memory_format=torch.channels_last)
     diffusion = GaussianDiffusion(1000, ckpt["args"]["schedule"]).to(device)
@@ -54,6 +51,8 @@ try:
     if args.grid:
         args.grid.parent.mkdir(parents=True, exist_ok=True)
         args.grid.open("ab").close()    # better to fail now than after the sampling
+except ValueError as e:
+    parser.error(e)
 except OSError as e:
     sys.exit(f"sample.py: error: {e}")
 

@@ -13,10 +13,12 @@ import copy
 import csv
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ import torch
 from data import DATA_DIR, DATASETS, load, parse_classes, pu_split, save_grid, to_uint8
 from diffusion import GaussianDiffusion
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
-from unet import PRESETS, UNet, preset, read_checkpoint
+from unet import PRESETS, UNet, find_device, preset, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # the command line
@@ -43,7 +45,8 @@ def fraction(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 0.5 or 1/11")
     return value
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 usage="python train.py [--flag value ...]")
 flag = parser.add_argument
 flag("--dataset", default="mnist", help=f"one of: {', '.join(DATASETS)} (default: mnist)")
 flag("--data_dir", type=Path, default=DATA_DIR, help="folder that holds mnist/ (default: data/ beside this file)")
@@ -73,7 +76,7 @@ flag("--sample_interval", type=positive, default=500, help="steps between two sa
 flag("--out_dir", type=Path, help="where all results go (default: out/DATASET-ALGORITHM-PRIOR)")
 flag("--resume", action="store_true", help="go on from the checkpoint in --out_dir, with the flags it was started with")
 
-MAY_CHANGE = {"device", "compile", "log_interval", "sample_interval", "max_steps", "data_dir", "out_dir", "resume"}
+MAY_CHANGE = {"lr", "device", "compile", "log_interval", "sample_interval", "max_steps", "data_dir", "out_dir", "resume"}
 
 def fail(error):
     """The world is not as it should be: exit status 1. (A wish that cannot be granted is parser.error's: 2.)"""
@@ -108,14 +111,13 @@ if args.warmup_steps < 0 or not 0 <= args.ema_decay < 1:
 # the device and its precision
 
 try:
-    device = torch.device(args.device or torch.accelerator.current_accelerator() or "cpu")
-    torch.empty(1, device=device)
-except (RuntimeError, AssertionError) as e:
-    parser.error(f"--device {args.device} is not to be had here: {str(e).splitlines()[0]}")
+    device = find_device(args.device)
+except ValueError as e:
+    parser.error(e)
 if args.dtype is None:
     args.dtype = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 if args.compile is None:
-    args.compile = device.type == "cuda"
+    args.compile = device.type == "cuda" and find_spec("triton") is not None    # not on Windows
 if device.type == "cuda":
     torch.set_float32_matmul_precision("high")    # TF32
 autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
@@ -132,7 +134,7 @@ try:
     args.n_labeled = args.n_labeled or info["n_labeled"]
     args.loss_prior = args.loss_prior or args.prior
     sensitive = parse_classes(args.dataset, args.sensitive)
-    u, s = pu_split(data.train_labels, sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
+    u, s, _ = pu_split(data, sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
     config = preset(args.model, image_channels=data.train.shape[1], image_size=data.train.shape[2])
     model = UNet(config).to(device, memory_format=torch.channels_last)
 except ValueError as e:
@@ -227,12 +229,15 @@ print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correcti
 print(f"{args.model} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
       f"{'compiled' if args.compile else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
 
-def log_step():
-    risk, loss_u, loss_s, corrected = (sums / counted).tolist()
-    if not math.isfinite(risk):
-        fail(f"the risk is {risk} around step {step}: training has diverged; try a lower --lr. "
-             + (f"{ckpt_path} holds the last good state" if ckpt_path.exists() else "No checkpoint was written yet"))
-    return risk, loss_u, loss_s, corrected
+def where_it_stands():
+    return f"--resume goes on from {ckpt_path}" if ckpt_path.exists() else "no checkpoint was written yet"
+
+def check_finite():
+    """Before every log line, and so that no checkpoint is overwritten with a broken one."""
+    if not sums.isfinite().all() or not all(p.isfinite().all() for p in ema.parameters()):
+        fail(f"the risk or the weights are no longer finite at step {step}: try a lower --lr ({where_it_stands()})")
+
+signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; {where_it_stands()}"))
 
 start, mark, seconds_before = time.time(), time.time(), float(rows[-1][-1]) if rows else 0.0
 first_step = step
@@ -266,7 +271,8 @@ while step < args.max_steps:
     step += 1
 
     if step % args.log_interval == 0 or step == args.max_steps:
-        risk, loss_u, loss_s, corrected = log_step()
+        check_finite()
+        risk, loss_u, loss_s, corrected = (sums / counted).tolist()
         speed = counted * args.batch_size / (time.time() - mark)
         elapsed = time.time() - start
         left = elapsed / (step - first_step) * (args.max_steps - step)
@@ -277,8 +283,7 @@ while step < args.max_steps:
         sums, counted, mark = torch.zeros_like(sums), 0, time.time()
     if step % args.sample_interval == 0 or step == args.max_steps:
         pause = time.time()
-        if counted:
-            log_step()    # never over a good checkpoint
+        check_finite()
         save_checkpoint()
         samples_path = save_samples()
         mark += time.time() - pause

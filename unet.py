@@ -218,6 +218,16 @@ def check(config):
             raise ValueError(f"head_dim = {config.head_dim} does not divide {c} channels of attention")
 
 
+def find_device(name: str = None) -> torch.device:
+    """The device of that name, or the best there is: cuda, else mps, else cpu. Raises ValueError where it cannot be had."""
+    try:
+        device = torch.device(name or torch.accelerator.current_accelerator() or "cpu")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:    # AssertionError: PyTorch was built without CUDA
+        raise ValueError(f"--device {name} is not to be had here: {str(e).splitlines()[0]}") from None
+    return device
+
+
 def read_checkpoint(path) -> dict:
     """What train.py saved, on the CPU. Raises OSError where the file is missing or is something else."""
     try:
