@@ -1,0 +1,150 @@
+"""The U-Net: shapes, sizes, what it computes at the start, and what it refuses."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unet import Attention, UNet, UNetConfig, find_device, preset, read_checkpoint, timestep_embedding
+
+SMALL = UNetConfig(image_channels=2, image_size=8, channels=(8, 16), blocks=1, attention=(1,), groups=4)
+
+
+def n_params(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def trained(config):
+    """A network whose zero-initialised layers no longer are: it computes something."""
+    torch.manual_seed(0)
+    model = UNet(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("config", [
+    SMALL,
+    preset("tiny", 1, 28),
+    preset("tiny", 3, 32),
+    preset("tiny", 1, 30),                              # padded to 32
+    replace(SMALL, patch=2, blocks=2, channels=(8,), attention=()),
+    replace(SMALL, channels=(8, 16, 24, 8), attention=(0, 2), head_dim=4, dropout=0.1),
+])
+def test_output_is_shaped_like_the_image(config):
+    x = torch.randn(3, config.image_channels, config.image_size, config.image_size)
+    assert trained(config)(x, torch.tensor([0, 500, 999])).shape == x.shape
+
+
+def test_paper_preset_pads_mnist_to_32():
+    config = preset("paper", 1, 28)
+    assert (config.pad, config.image_size) == (2, 28)
+    small = replace(config, channels=(8, 8, 8, 8), groups=4)
+    assert trained(small)(torch.randn(2, 1, 28, 28), torch.tensor([1, 2])).shape == (2, 1, 28, 28)
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        assert n_params(UNet(preset("paper", 3, 32))) == 61_529_091     # "61.5 M" in section 5 of the paper
+        assert 650_000 < n_params(UNet(preset("tiny", 1, 28))) < 2_000_000
+
+
+def test_predicts_zero_at_first():
+    model = UNet(SMALL)
+    assert torch.equal(model(torch.randn(2, 2, 8, 8), torch.tensor([3, 7])), torch.zeros(2, 2, 8, 8))
+
+
+def test_every_parameter_is_used():
+    model = trained(SMALL)
+    model(torch.randn(4, 2, 8, 8), torch.tensor([0, 10, 100, 999])).square().sum().backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert not unused
+
+
+def test_an_image_does_not_see_the_rest_of_its_batch():
+    model, x, t = trained(SMALL), torch.randn(4, 2, 8, 8), torch.tensor([0, 10, 100, 999])
+    torch.testing.assert_close(model(x, t)[1:2], model(x[1:2], t[1:2]), rtol=1e-4, atol=1e-4)
+
+
+def test_depends_on_the_timestep():
+    model, x = trained(SMALL), torch.randn(1, 2, 8, 8).expand(2, -1, -1, -1)
+    out = model(x, torch.tensor([10, 11]))
+    assert (out[0] - out[1]).abs().max() > 1e-4
+
+
+def test_patch_keeps_pixels_in_their_place():
+    """With every weight zero except centre taps that pass channel i to channel i, patching must be undone exactly."""
+    model = UNet(replace(SMALL, patch=2, channels=(8,), attention=(), groups=8))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        eye = torch.eye(8)[:, :, None, None]
+        model.conv_in.weight[:, :, 1:2, 1:2] = eye
+        model.up[0].blocks[-1].skip.weight[:, 8:] = eye    # the last skip connection is conv_in's output
+        model.conv_out.weight[:, :, 1:2, 1:2] = eye
+    model.norm_out, x = torch.nn.Identity(), torch.randn(2, 2, 8, 8)
+    torch.testing.assert_close(model(x, torch.tensor([0, 1])), torch.nn.functional.silu(x))
+
+
+@pytest.mark.parametrize("head_dim, heads", [(0, 1), (4, 3)])
+def test_attention_is_softmax_of_scaled_products(head_dim, heads):
+    torch.manual_seed(0)
+    layer = Attention(12, replace(SMALL, head_dim=head_dim))
+    torch.nn.init.normal_(layer.out.weight)
+    x = torch.randn(2, 12, 3, 5)
+    h = layer.norm(x).flatten(2).transpose(1, 2)                        # [B, H*W, C]
+    heads_out = []
+    for q, k, v in zip(*[part.chunk(heads, dim=-1) for part in layer.qkv(h).chunk(3, dim=-1)]):
+        weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+        heads_out.append(weights @ v)
+    expected = x + layer.out(torch.cat(heads_out, -1)).transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_timestep_embedding_closed_form():
+    emb = timestep_embedding(torch.tensor([0, 1, 999]), 8).double()
+    t, f = torch.tensor([0.0, 1.0, 999.0]).double(), [1, 10000 ** (-1 / 3), 10000 ** (-2 / 3), 1e-4]
+    for i in range(4):
+        torch.testing.assert_close(emb[:, i], (t * f[i]).sin(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(emb[:, 4 + i], (t * f[i]).cos(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(image_size=9), "image size 9 cannot be halved evenly by 2 levels with patch 1: it must be a multiple of 2"),
+    (dict(image_size=10, patch=2), "multiple of 4"),
+    (dict(groups=3), "groups = 3 does not divide 8 channels"),
+    (dict(attention=(2,)), "attention at level 2, but the levels are 0 to 1"),
+    (dict(head_dim=5), "head_dim = 5 does not divide 16 channels"),
+])
+def test_configs_that_do_not_fit_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        UNet(replace(SMALL, **change))
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="huge.*tiny, paper"):
+        preset("huge", 1, 28)
+
+
+def test_odd_image_sizes_are_refused_by_every_preset():
+    for name in ["tiny", "paper"]:
+        with pytest.raises(ValueError, match="image size 27"):
+            UNet(preset(name, 1, 27))
+
+
+def test_read_checkpoint_refuses_what_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pt does not exist"):
+        read_checkpoint(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    for name in ["text.pt", "other.pt"]:
+        with pytest.raises(OSError, match=f"{name} is not a checkpoint of train.py"):
+            read_checkpoint(tmp_path / name)
+
+
+def test_find_device():
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device().type in ("cuda", "mps", "xpu", "cpu")
+    for name in ["banana", "meta", "cuda:99"]:
+        with pytest.raises(ValueError, match=f"--device {name} is not to be had here"):
+            find_device(name)
