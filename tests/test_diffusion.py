@@ -1,0 +1,173 @@
+"""The diffusion against closed forms: data N(mean, std^2) has an exact noise predictor, so every sampler has a known answer."""
+import math
+
+import pytest
+import torch
+
+from diffusion import GaussianDiffusion
+
+
+class GaussianOracle:
+    """The exact E[eps | x_t] for pixels that are independent N(mean, std^2)."""
+
+    def __init__(self, diffusion, mean, std):
+        self.alpha_bar, self.mean, self.std = torch.tensor(diffusion.alpha_bar), mean, std
+
+    def __call__(self, x, t):
+        ab = self.alpha_bar[t].view(-1, *[1] * (x.ndim - 1)).double()
+        return ((1 - ab).sqrt() * (x.double() - ab.sqrt() * self.mean) / (ab * self.std ** 2 + 1 - ab)).float()
+
+
+diffusion = GaussianDiffusion()
+
+
+def test_linear_schedule():
+    ab = torch.tensor(diffusion.alpha_bar, dtype=torch.float64)
+    betas = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
+    expected = [math.prod(1 - b for b in betas[:t + 1]) for t in (0, 1, 500, 999)]
+    torch.testing.assert_close(ab[[0, 1, 500, 999]], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert (ab.diff() < 0).all()
+
+
+def test_cosine_schedule():
+    ab = GaussianDiffusion(1000, "cosine").alpha_bar
+    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    for t in (0, 10, 500, 900):                          # before beta is capped at 0.999
+        assert ab[t] == pytest.approx(f(t + 1) / f(0), rel=1e-9)
+    assert ab[999] == pytest.approx(ab[998] * 0.001, rel=1e-9)
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match="'square'.*linear or cosine"):
+        GaussianDiffusion(1000, "square")
+
+
+def test_tables_move_with_the_module():
+    moved = GaussianDiffusion().to("meta")
+    assert moved.signal.device.type == moved.noise.device.type == "meta"
+    assert not list(moved.parameters()) and not moved.state_dict()
+
+
+@pytest.mark.parametrize("t", [0, 300, 999])
+def test_q_sample_moments(t):
+    """x_t ~ N(sqrt(alpha_bar) x_0, 1 - alpha_bar), to 4 standard errors."""
+    n, generator = 100_000, torch.Generator().manual_seed(0)
+    x_0 = torch.tensor([-1.0, 0.3]).expand(n, 2)
+    x_t = diffusion.q_sample(x_0, torch.full((n,), t), torch.randn(n, 2, generator=generator)).double()
+    ab = diffusion.alpha_bar[t]
+    variance = 1 - ab
+    assert ((x_t.mean(0) - ab ** 0.5 * x_0[0]).abs() < 4 * (variance / n) ** 0.5).all()
+    assert ((x_t.var(0) - variance).abs() < 4 * variance * (2 / n) ** 0.5).all()
+
+
+def test_q_sample_takes_a_timestep_an_image():
+    x_0, eps, t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0, 500, 999])
+    x_t = diffusion.q_sample(x_0, t, eps)
+    for i in range(3):
+        ab = diffusion.alpha_bar[t[i]]
+        torch.testing.assert_close(x_t[i], ab ** 0.5 * x_0[i] + (1 - ab) ** 0.5 * eps[i])
+
+
+def test_per_image_loss_sums_over_pixels():
+    x_0, eps, t = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3), torch.arange(5)
+    loss = diffusion.per_image_loss(lambda x, t: torch.full_like(x, 0.5), x_0, t, eps)
+    torch.testing.assert_close(loss, torch.stack([((e - 0.5) ** 2).sum() for e in eps]))
+
+
+def test_per_image_loss_draws_t_and_eps():
+    """A network that predicts zero has the loss of a chi-squared variable, and is shown all timesteps alike."""
+    torch.manual_seed(0)
+    seen = []
+    loss = diffusion.per_image_loss(lambda x, t: seen.append(t) or torch.zeros_like(x), torch.zeros(20_000, 1, 4, 4))
+    assert abs(loss.mean() - 16) < 4 * (32 / 20_000) ** 0.5
+    t = seen[0].double()
+    assert 0 <= t.min() < 5 and 995 <= t.max() < 1000
+    assert abs(t.mean() - 499.5) < 4 * (1000 / 12 ** 0.5) / 20_000 ** 0.5
+
+
+def test_per_image_loss_is_float32_under_autocast():
+    """784 squared differences of 1 + 2^-8 sum to what bfloat16 cannot hold."""
+    conv = torch.nn.Conv2d(1, 1, 1)
+    torch.nn.init.zeros_(conv.weight), torch.nn.init.constant_(conv.bias, -1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = diffusion.per_image_loss(lambda x, t: conv(x), torch.zeros(2, 1, 28, 28), torch.tensor([0, 9]),
+                                        torch.full((2, 1, 28, 28), 2 ** -8))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.full((2,), 784 * (1 + 2 ** -8) ** 2))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 50, 999, 1000])
+def test_times_go_from_noise_to_image(steps):
+    for spacing in ["uniform", "log_snr"]:
+        times = diffusion.times(steps, spacing)
+        assert len(times) == steps + 1 and times[0] == 999 and times[-1] == -1
+        assert all(a > b for a, b in zip(times, times[1:]))
+    if steps == 1000:
+        assert diffusion.times(1000, "uniform") == diffusion.times(1000, "log_snr") == list(range(999, -2, -1))
+
+
+# A Gaussian well inside [-1, 1], so that clipping x_0 changes nothing that matters.
+MEAN, STD = 0.1, 0.2
+oracle = GaussianOracle(diffusion, MEAN, STD)
+
+
+def exact_variance(steps, eta):
+    """The sampler maps x linearly, x_s = a x_t + b + sigma z, so the variance obeys v_s = a^2 v_t + sigma^2."""
+    v, times = 1.0, diffusion.times(steps, "uniform")
+    for t, s in zip(times, times[1:]):
+        ab_t, ab_s = diffusion.alpha_bar[t], diffusion.alpha_bar[s] if s >= 0 else 1.0
+        gain_eps = (1 - ab_t) ** 0.5 / (ab_t * STD ** 2 + 1 - ab_t)                 # d eps / d x_t
+        gain_x_0 = (1 - (1 - ab_t) ** 0.5 * gain_eps) / ab_t ** 0.5                 # d x_0 / d x_t
+        sigma2 = eta ** 2 * (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
+        v = (ab_s ** 0.5 * gain_x_0 + (1 - ab_s - sigma2) ** 0.5 * gain_eps) ** 2 * v + sigma2
+    return v
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 1000), ("ddim", 1000), ("dpm++", 20)])
+def test_samplers_reproduce_a_gaussian(sampler, steps):
+    n = 4000
+    x = diffusion.sample(oracle, (n, 1), steps, sampler, generator=torch.Generator().manual_seed(0)).double()
+    assert abs(x.mean() - MEAN) < 4 * STD / n ** 0.5
+    # what discretisation costs on top of the sampling error: 4 % of the variance
+    assert abs(x.var() / STD ** 2 - 1) < 4 * (2 / n) ** 0.5 + 0.04
+
+
+@pytest.mark.parametrize("sampler, steps, eta", [("ddim", 10, 0.0), ("ddim", 50, 0.5), ("ddpm", 20, 1.0), ("ddpm", 1000, 1.0)])
+def test_samplers_have_exactly_the_variance_of_their_recursion(sampler, steps, eta):
+    n = 20_000 if steps < 1000 else 4000
+    x = diffusion.sample(oracle, (n, 1), steps, sampler, eta, generator=torch.Generator().manual_seed(1)).double()
+    assert abs(x.var() / exact_variance(steps, eta) - 1) < 4 * (2 / n) ** 0.5
+
+
+def test_dpm_solver_at_20_steps_beats_ddim_at_20():
+    answer, solver, ddim = (diffusion.sample(oracle, (1000, 1), steps, sampler, generator=torch.Generator().manual_seed(2))
+                            for steps, sampler in [(1000, "ddim"), (20, "dpm++"), (20, "ddim")])
+    assert (solver - answer).abs().mean() < 0.2 * (ddim - answer).abs().mean()
+
+
+def test_ddpm_is_ddim_at_eta_1():
+    a, b = (diffusion.sample(oracle, (10, 1), 30, sampler, eta=1.0, generator=torch.Generator().manual_seed(3))
+            for sampler in ["ddpm", "ddim"])
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_the_generator_is_all_the_randomness(sampler):
+    a, b, c = (diffusion.sample(oracle, (4, 1, 2, 2), 10, sampler, generator=torch.Generator().manual_seed(seed))
+               for seed in [0, 0, 1])
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_images_stay_in_range_whatever_the_network_says(sampler):
+    wild = lambda x, t: 50 * torch.sin(37 * x)
+    x = diffusion.sample(wild, (16, 1, 4, 4), 10, sampler, generator=torch.Generator().manual_seed(0))
+    assert x.shape == (16, 1, 4, 4) and x.abs().max() <= 1
+
+
+def test_bad_wishes_are_refused():
+    with pytest.raises(ValueError, match="'euler'.*ddpm, ddim or dpm"):
+        diffusion.sample(oracle, (1, 1), 10, "euler")
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"steps must be 1 to 1000, not {steps}"):
+            diffusion.sample(oracle, (1, 1), steps)
