@@ -1,0 +1,156 @@
+"""The PU risk: its arithmetic against hand and mpmath, its gradients on both sides of the kink, and what it is for."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+from diffusion import GaussianDiffusion
+from pu_loss import log1mexp, pu_loss, supervised_loss, unsupervised_loss
+
+# x, log(1 - exp(-x)) and its derivative 1 / (exp(x) - 1), computed with mpmath at 60 digits
+LOG1MEXP = [
+    (1e-12, -27.631021115929048, 999999999999.5),
+    (1e-6, -13.815511057964232, 999999.50000008333),
+    (1e-3, -6.9082552373154707, 999.50008333333194),
+    (0.1, -2.3521684610440908, 9.5083319447750496),
+    (0.5, -0.93275212956718857, 1.5414940825367983),
+    (0.7, -0.68634100280838511, 0.9864338636344633),
+    (1.0, -0.45867514538708189, 0.58197670686932642),
+    (2.0, -0.14541345786885906, 0.15651764274966565),
+    (10.0, -4.540096037048921e-5, 4.5401991009687768e-5),
+    (50.0, -1.9287498479639178e-22, 1.9287498479639178e-22),
+    (1e6, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_log1mexp_value_and_gradient(dtype, rtol):
+    x, value, gradient = torch.tensor(LOG1MEXP, dtype=torch.float64).T
+    x = x.to(dtype).requires_grad_()
+    y = log1mexp(x)
+    y.sum().backward()
+    torch.testing.assert_close(y.double(), value, rtol=rtol, atol=1e-44)
+    torch.testing.assert_close(x.grad.double(), gradient, rtol=10 * rtol, atol=1e-44)
+
+
+def test_log1mexp_is_finite_everywhere():
+    x = torch.cat([torch.tensor([0.0, 1e-45, 1e-38, math.log(2), 88, 104, 1e30]), torch.logspace(-12, 6, 1000)])
+    x.requires_grad_()
+    y = log1mexp(x)
+    y.sum().backward()
+    assert y.isfinite().all() and (y <= 0).all()
+    assert x.grad.isfinite().all() and (x.grad >= 0).all()
+
+
+def mixture(prior):
+    """Losses of a model on N and on S, with parameters to differentiate by; U is literally the mixture of the two."""
+    torch.manual_seed(0)
+    theta = torch.tensor([1.5, -0.3], dtype=torch.float64, requires_grad=True)
+    loss = lambda x: (x @ theta).square()
+    n_total, n_pos = 120, round(120 * prior)
+    N, S = (torch.randn(n, 2, dtype=torch.float64) for n in (n_total - n_pos, n_pos))
+    return theta, loss(N), loss(S)
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+@pytest.mark.parametrize("prior", [0.1, 0.5, 0.9])
+def test_on_a_literal_mixture_the_pu_risk_is_the_risk_with_all_labels(prior, correction):
+    """U = S + N at the right prior: value and gradient equal those of the fully supervised risk."""
+    theta, loss_n, loss_s = mixture(prior)
+    expected = (1 - prior) * loss_n.mean() + prior * -log1mexp(loss_s).mean()
+    risk = pu_loss(torch.cat([loss_n, loss_s]), loss_s, prior, correction)
+    torch.testing.assert_close(risk, expected, rtol=1e-14, atol=0)
+    (expected_gradient,) = torch.autograd.grad(expected, theta, retain_graph=True)
+    (gradient,) = torch.autograd.grad(risk, theta)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
+
+
+# By hand, for loss_u = (a, b) and loss_s = (2 numbers) at prior p = 0.5: with g(l) = 1 / (exp(l) - 1),
+# d sensitive / d l_s = -p g(l_s) / 2;   d normal / d l_u = 1/2;   d normal / d l_s = -p / 2 = -1/4.
+@pytest.mark.parametrize("correction, side, sign, sensitive", [
+    ("abs", "normal > 0", +1, 1), ("nn", "normal > 0", +1, 1), ("none", "normal > 0", +1, 1),
+    ("abs", "normal < 0", -1, 1), ("nn", "normal < 0", -1, 0), ("none", "normal < 0", +1, 1),
+])
+def test_value_and_gradient_on_both_sides_of_the_kink(correction, side, sign, sensitive):
+    loss_u = torch.tensor([4.0, 2.0] if side == "normal > 0" else [0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    loss_s = torch.tensor([1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    normal = 3.0 - 0.5 * 2.0 if side == "normal > 0" else 0.3 - 0.5 * 2.0
+    cost_s = 0.5 * -(math.log(1 - math.exp(-1)) + math.log(1 - math.exp(-3))) / 2
+    risk = pu_loss(loss_u, loss_s, 0.5, correction)
+    risk.backward()
+    assert risk.item() == pytest.approx(sensitive * cost_s + sign * normal, rel=1e-12)
+    assert loss_u.grad.tolist() == pytest.approx([sign * 0.5, sign * 0.5], rel=1e-12)
+    expected = [-sensitive * 0.25 / math.expm1(l) - sign * 0.25 for l in (1.0, 3.0)]
+    assert loss_s.grad.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+def test_risk_and_gradient_are_finite_for_any_losses(correction):
+    loss = torch.cat([torch.zeros(1), torch.logspace(-12, 6, 50)])
+    for scale_u, scale_s in [(1, 1), (1, 0), (0, 1), (1e-6, 1)]:
+        loss_u, loss_s = (loss * scale_u).requires_grad_(), (loss * scale_s).requires_grad_()
+        risk = pu_loss(loss_u, loss_s, 0.5, correction)
+        risk.backward()
+        assert risk.isfinite() and loss_u.grad.isfinite().all() and loss_s.grad.isfinite().all()
+
+
+def test_baselines():
+    loss_u, loss_s = torch.tensor([3.0, 5.0, 7.0]), torch.tensor([1.0])
+    assert unsupervised_loss(loss_u, loss_s).item() == pytest.approx(5.0)
+    assert supervised_loss(loss_u, loss_s).item() == pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)
+    assert supervised_loss(loss_u, loss_s[:0]).item() == pytest.approx(5.0)      # no sensitive image in this batch
+
+
+def test_bad_arguments_are_refused():
+    for prior in (0.0, 1.0, 1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match="prior must lie strictly between 0 and 1"):
+            pu_loss(torch.ones(2), torch.ones(2), prior)
+    with pytest.raises(ValueError, match="'max'.*abs, nn or none"):
+        pu_loss(torch.ones(2), torch.ones(2), 0.5, "max")
+
+
+# The method in two dimensions, where everything is known: normal points around (-0.5, 0), sensitive around (0.5, 0).
+
+class ToyNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = [2 + 16, 128, 128, 128]
+        hidden = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(128, 2))
+
+    def forward(self, x, t):
+        angles = t[:, None] / 1000 * math.pi * torch.arange(1, 9)
+        return self.net(torch.cat([x, angles.sin(), angles.cos()], dim=1))
+
+
+def blob(n, x):
+    return torch.tensor([x, 0.0]) + 0.1 * torch.randn(n, 2)
+
+
+def share_of_sensitive_samples(method, steps=1000, batch=512):
+    """Train on U (half sensitive) and S alone, sample 2,000 points -> the share on the sensitive side."""
+    torch.manual_seed(0)
+    U, S = torch.cat([blob(5000, -0.5), blob(5000, 0.5)]), blob(1000, 0.5)
+    diffusion, model = GaussianDiffusion(), ToyNet()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x = torch.cat([U[torch.randint(len(U), (batch,))], S[torch.randint(len(S), (batch,))]])
+        t, eps = torch.randint(1000, (batch,)).repeat(2), torch.randn(batch, 2).repeat(2, 1)
+        loss_u, loss_s = diffusion.per_image_loss(model, x, t, eps).split(batch)
+        optimizer.zero_grad()
+        method(loss_u, loss_s).backward()
+        optimizer.step()
+        schedule.step()
+    x = diffusion.sample(model, (2000, 2), steps=20)
+    assert (x[:, 1].std() - 0.1).abs() < 0.05    # still a blob, not anything that is merely elsewhere
+    return (x[:, 0] > 0).double().mean().item()
+
+
+def test_pu_training_removes_the_sensitive_blob():
+    assert share_of_sensitive_samples(lambda loss_u, loss_s: pu_loss(loss_u, loss_s, prior=0.5)) < 0.03
+
+
+def test_unsupervised_training_reproduces_it():
+    assert 0.4 < share_of_sensitive_samples(unsupervised_loss) < 0.6
