@@ -116,7 +116,7 @@ def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_la
         raise ValueError(f"n_labeled = {n_labeled:,} is not possible: there are {n_pos:,} sensitive images, "
                          f"and U needs some of them too")
     if not fits(n_unlabeled):
-        largest = math.ceil(min((n_pos - n_labeled) / prior, n_neg / (1 - prior))) + 2
+        largest = math.ceil(min((n_pos - n_labeled + 0.5) / prior, (n_neg + 0.5) / (1 - prior)))
         while not fits(largest):
             largest -= 1
         raise ValueError(f"{n_unlabeled:,} unlabeled images at prior {prior:.4g} and {n_labeled:,} labeled ones are more "
