@@ -234,7 +234,7 @@ def where_it_stands():
 
 def check_finite():
     """Before every log line, and so that no checkpoint is overwritten with a broken one."""
-    if not sums.isfinite().all() or not all(p.isfinite().all() for p in ema.parameters()):
+    if not sums[0].isfinite() or not all(p.isfinite().all() for p in ema.parameters()):
         fail(f"the risk or the weights are no longer finite at step {step}: try a lower --lr ({where_it_stands()})")
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; {where_it_stands()}"))

@@ -1,0 +1,75 @@
+"""Sampling as a user meets it, from a real checkpoint."""
+import numpy as np
+import pytest
+import torch
+from conftest import refused, run
+from PIL import Image
+
+
+def pixels(path):
+    return np.array(Image.open(path))
+
+
+def sample(*flags, **kwargs):
+    return run("sample.py", "--device", "cpu", "--steps", 3, *flags, **kwargs)
+
+
+def test_grid_and_folder_hold_the_same_images(small_run, tmp_path):
+    ckpt = small_run[0] / "ckpt.pt"
+    sample("--ckpt", ckpt, "--n", 5, "--batch_size", 2, "--grid", tmp_path / "g" / "grid.png", "--out_dir", tmp_path / "pngs")
+    assert sorted(path.name for path in (tmp_path / "pngs").iterdir()) == [f"{i:05d}.png" for i in range(5)]
+    grid = pixels(tmp_path / "g" / "grid.png")
+    assert grid.shape == (2 * 29 - 1, 3 * 29 - 1)
+    for i in range(5):
+        image = pixels(tmp_path / "pngs" / f"{i:05d}.png")
+        assert image.shape == (28, 28)
+        assert np.array_equal(grid[i // 3 * 29:, i % 3 * 29:][:28, :28], image)
+
+
+def test_the_seed_decides(small_run, tmp_path):
+    for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
+        sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 4, "--sampler", "ddpm", "--seed", seed, "--grid", tmp_path / name)
+    a, b, c = (pixels(tmp_path / name) for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_samples_come_from_the_average_of_the_weights(small_run, tmp_path):
+    """The seed of the training run's own last grid, its sampler and its batch give that grid again."""
+    run("sample.py", "--device", "cpu", "--ckpt", small_run[0] / "ckpt.pt", "--n", 64, "--grid", tmp_path / "grid.png")
+    assert np.array_equal(pixels(tmp_path / "grid.png"), pixels(small_run[0] / "samples_000030.png"))
+
+
+def test_without_a_destination_the_grid_is_samples_png(small_run, tmp_path):
+    result = sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 1, cwd=tmp_path)
+    assert pixels(tmp_path / "samples.png").shape == (28, 28) and "samples.png" in result.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n", "0"], "--n must be a positive number"),
+    (["--steps", "1001"], "--steps 1001 is more than the 1000 timesteps"),
+    (["--sampler", "euler"], "invalid choice: 'euler'"),
+    (["--device", "banana"], "--device banana is not to be had here"),
+    ([], "--ckpt"),
+])
+def test_a_bad_command_line_is_refused(small_run, tmp_path, flags, words):
+    ckpt = ["--ckpt", small_run[0] / "ckpt.pt"] if flags else []
+    refused(2, words, "sample.py", *ckpt, *flags, "--grid", tmp_path / "grid.png")
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_checkpoint_that_is_none(tmp_path):
+    refused(1, "none.pt does not exist", "sample.py", "--ckpt", tmp_path / "none.pt")
+    (tmp_path / "bad.pt").write_text("garbage")
+    refused(1, "bad.pt is not a checkpoint of train.py", "sample.py", "--ckpt", tmp_path / "bad.pt")
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    refused(1, "other.pt is not a checkpoint of train.py", "sample.py", "--ckpt", tmp_path / "other.pt")
+
+
+def test_folders_that_hold_images_or_cannot_be_made(small_run, tmp_path):
+    ckpt = small_run[0] / "ckpt.pt"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "00000.png").write_text("precious")
+    refused(2, "full already holds PNGs", "sample.py", "--ckpt", ckpt, "--out_dir", tmp_path / "full")
+    refused(1, "00000.png", "sample.py", "--ckpt", ckpt, "--out_dir", tmp_path / "full" / "00000.png")
+    refused(1, "00000.png", "sample.py", "--ckpt", ckpt, "--grid", tmp_path / "full" / "00000.png" / "grid.png")
+    assert (tmp_path / "full" / "00000.png").read_text() == "precious"

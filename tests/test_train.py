@@ -1,0 +1,169 @@
+"""The loop as a user meets it: real MNIST runs, exact resumption, and every wrong command line."""
+import csv
+import gzip
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, command, refused, run
+from PIL import Image
+
+
+def read_log(folder):
+    with (folder / "log.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_a_small_run_learns_and_leaves_everything_behind(small_run):
+    folder, printed = small_run
+    assert sorted(path.name for path in folder.iterdir()) == ["ckpt.pt", "log.csv", "samples_000020.png", "samples_000030.png"]
+    log = read_log(folder)
+    assert [row["step"] for row in log] == [10, 20, 30]
+    assert log[-1]["risk"] < 0.7 * log[0]["risk"] and log[0]["loss_u"] < 900    # 784 is the loss of predicting zero
+    assert Image.open(folder / "samples_000030.png").size == (8 * 29 - 1, 8 * 29 - 1)
+    assert "U has 50,000 images, 0.5 of them sensitive (odd); S has 2,500" in printed
+    assert "16 of U and 16 of S a step" in printed
+    for words in ["step 30/30", "risk", "l_U", "l_S", "corrected", "lr", "images/s", "left", f"python sample.py --ckpt {folder}"]:
+        assert words in printed
+    ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
+    assert ckpt["step"] == 30 and ckpt["args"]["prior"] == 0.5 and ckpt["config"]["patch"] == 2
+    assert any((ckpt["model"][k] != ckpt["ema"][k]).any() for k in ckpt["model"])
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    """Ctrl-C somewhere after the checkpoint at step 15, which lies between two log lines."""
+    flags = [*SMALL, "--max_steps", 30, "--log_interval", 12, "--sample_interval", 15]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run("train.py", *flags, "--out_dir", whole)
+
+    process = subprocess.Popen(command("train.py", *flags, "--out_dir", broken), stderr=subprocess.PIPE, text=True)
+    while not (broken / "samples_000015.png").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 1 and "interrupted at step" in error and "Traceback" not in error
+    assert torch.load(broken / "ckpt.pt")["step"] == 15
+    resumed = run("train.py", "--out_dir", broken, "--resume")
+    assert "steps 15 to 30" in resumed.stdout
+
+    a, b = (torch.load(folder / "ckpt.pt") for folder in (whole, broken))
+    for key in ["model", "ema", "optimizer", "scaler", "config", "step", "rng"]:
+        assert same(a[key], b[key]), key
+    for row_a, row_b in zip(read_log(whole), read_log(broken), strict=True):
+        for name in ["step", "risk", "loss_u", "loss_s", "corrected", "lr"]:
+            assert row_a[name] == row_b[name]
+    assert (whole / "samples_000030.png").read_bytes() == (broken / "samples_000030.png").read_bytes()
+
+
+@pytest.mark.parametrize("algorithm, counts", [("unsupervised", "64 of U and 0 of S"), ("supervised", "61 of U and 3 of S")])
+def test_baselines_run(tmp_path, algorithm, counts):
+    result = run("train.py", *SMALL, "--algorithm", algorithm, "--batch_size", 64, "--max_steps", 3, "--log_interval", 1,
+                 "--out_dir", tmp_path / "run")
+    assert counts in result.stdout
+    for row in read_log(tmp_path / "run"):
+        if algorithm == "unsupervised":
+            assert row["risk"] == row["loss_u"]
+        else:    # sensitive images cost nothing once their loss is large
+            assert row["risk"] == pytest.approx(row["loss_u"] * 61 / 64, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--dtype", "bfloat16"],
+    ["--dtype", "float16"],
+    ["--correction", "nn", "--schedule", "cosine", "--sensitive", "4,7", "--prior", "1/11", "--loss_prior", "0.2"],
+])
+def test_other_choices_run(tmp_path, flags):
+    run("train.py", *SMALL, *flags, "--max_steps", 3, "--out_dir", tmp_path / "run")
+    assert 0 < read_log(tmp_path / "run")[-1]["loss_u"] < 1000
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(small_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small_run[0], folder)
+    before = (folder / "ckpt.pt").read_bytes()
+    refused(1, "no longer finite", "train.py", "--out_dir", folder, "--resume", "--lr", "1e38", "--max_steps", 50)
+    assert (folder / "ckpt.pt").read_bytes() == before
+
+
+def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small_run[0], folder)
+    result = run("train.py", "--out_dir", folder, "--resume")
+    assert "nothing was left to do" in result.stdout
+    assert (folder / "log.csv").read_text() == (small_run[0] / "log.csv").read_text()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--prior", "0"], "--prior: '0' is not a number between 0 and 1"),
+    (["--prior", "1.5"], "--prior: '1.5' is not a number between 0 and 1"),
+    (["--prior", "abc"], "--prior: 'abc' is not a number between 0 and 1"),
+    (["--dataset", "imagenet"], "unknown data set 'imagenet': choose one of mnist"),
+    (["--sensitive", "cat"], "mnist has no class 'cat'"),
+    (["--sensitive", "odd,even"], "every class of mnist is sensitive"),
+    (["--n_unlabeled", "60000"], "use n_unlabeled of at most"),
+    (["--n_labeled", "40000"], "n_labeled = 40,000 is not possible"),
+    (["--model", "huge"], "unknown model 'huge': choose one of tiny, paper"),
+    (["--lr", "0"], "--lr must be a positive number"),
+    (["--max_steps", "0"], "--max_steps: 0 is not a positive whole number"),
+    (["--sensitive_share", "0.9"], "--sensitive_share 0.9 is above 0.5"),
+    (["--batch_size", "1"], "--batch_size 1 leaves no room"),
+    (["--device", "banana"], "--device banana is not to be had here"),
+    pytest.param(["--device", "cuda"], "--device cuda is not to be had here",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
+])
+def test_a_bad_command_line_is_refused(tmp_path, flags, words):
+    refused(2, words, "train.py", *flags, "--out_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def altered(raw):
+    return raw[:20] + bytes([raw[20] ^ 1]) + raw[21:]
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: path.unlink(), "is missing"),
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is damaged"),
+    (lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-9])), "promises 60000 bytes of data, found 59991"),
+    (lambda path: path.write_bytes(gzip.compress(altered(gzip.decompress(path.read_bytes())))), "expected SHA-256 65a50cbb"),
+])
+def test_bad_data_files_are_named(tmp_path, damage, words):
+    shutil.copytree(ROOT / "data" / "mnist", tmp_path / "data" / "mnist")
+    path = tmp_path / "data" / "mnist" / "train-labels-idx1-ubyte.gz"
+    damage(path)
+    assert path.name in refused(1, words, "train.py", "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_out_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    refused(1, f"--out_dir {tmp_path / 'file'} cannot be written", "train.py", "--out_dir", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_run_is_neither_overwritten_nor_bent(small_run):
+    folder = small_run[0]
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    refused(2, f"--out_dir {folder} already holds a run", "train.py", *SMALL, "--out_dir", folder)
+    refused(2, "--prior cannot change on --resume", "train.py", "--prior", "0.4", "--out_dir", folder, "--resume")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_resuming_from_nothing_or_from_garbage(tmp_path):
+    refused(1, "ckpt.pt does not exist", "train.py", "--out_dir", tmp_path, "--resume")
+    (tmp_path / "ckpt.pt").write_text("garbage")
+    refused(1, "ckpt.pt is not a checkpoint of train.py", "train.py", "--out_dir", tmp_path, "--resume")
+    assert (tmp_path / "ckpt.pt").read_text() == "garbage"
