@@ -74,11 +74,13 @@ class GaussianDiffusion(nn.Module):
         predicted x_0 extrapolated from the last two predictions. Predictions of x_0 are clipped to [-1, 1].
 
         generator: source of all noise, on the device of the tables. progress: count the steps on stderr.
-        Raises ValueError for an unknown sampler or steps outside 1 ... T."""
+        Raises ValueError for an unknown sampler, steps outside 1 ... T, or eta outside [0, 1]."""
         if sampler not in ("ddpm", "ddim", "dpm++"):
             raise ValueError(f"unknown sampler {sampler!r}: choose ddpm, ddim or dpm++")
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1 to {self.T}, not {steps}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be 0 to 1, not {eta}")
         eta = {"ddpm": 1.0, "ddim": eta, "dpm++": 0.0}[sampler]
         device = self.signal.device
         x = torch.randn(shape, generator=generator, device=device)

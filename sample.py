@@ -8,6 +8,7 @@ Images from a checkpoint of train.py: a grid to look at, or a folder of PNGs for
 The same seed, --n and --batch_size give the same images.
 """
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,8 @@ args = parser.parse_args()
 for name in ["n", "steps", "batch_size"]:
     if getattr(args, name) < 1:
         parser.error(f"--{name} must be a positive number")
+if abs(args.seed) >= 2 ** 63:
+    parser.error("--seed must fit in 64 bits")
 if args.grid is None and args.out_dir is None:
     args.grid = Path("samples.png")
 
@@ -49,13 +52,19 @@ try:
         if any(args.out_dir.glob("*.png")):
             parser.error(f"--out_dir {args.out_dir} already holds PNGs, which would mix with these: name an empty folder")
     if args.grid:
+        if args.grid.suffix.lower() != ".png":    # such as the checkpoint's own name
+            parser.error(f"--grid {args.grid} must end in .png")
+        new = not args.grid.exists()
         args.grid.parent.mkdir(parents=True, exist_ok=True)
         args.grid.open("ab").close()    # better to fail now than after the sampling
+        if new:
+            args.grid.unlink()
 except ValueError as e:
     parser.error(e)
 except OSError as e:
     sys.exit(f"sample.py: error: {e}")
 
+signal.signal(signal.SIGINT, lambda *_: sys.exit("\nsample.py: interrupted"))
 generator = torch.Generator(device).manual_seed(args.seed)
 batches = []
 for first in range(0, args.n, args.batch_size):

@@ -26,7 +26,7 @@ import torch
 from data import DATA_DIR, DATASETS, load, parse_classes, pu_split, save_grid, to_uint8
 from diffusion import GaussianDiffusion
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
-from unet import PRESETS, UNet, find_device, preset, read_checkpoint
+from unet import PRESETS, UNet, UNetConfig, find_device, preset, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # the command line
@@ -104,6 +104,8 @@ if args.sensitive_share > 0.5:
 for name in ["lr", "grad_clip"]:
     if not 0 < getattr(args, name) < math.inf:
         parser.error(f"--{name} must be a positive number")
+if abs(args.seed) >= 2 ** 63:
+    parser.error("--seed must fit in 64 bits")
 if args.warmup_steps < 0 or not 0 <= args.ema_decay < 1:
     parser.error("--warmup_steps must not be negative, and --ema_decay must be at least 0 and below 1")
 
@@ -115,7 +117,7 @@ try:
 except ValueError as e:
     parser.error(e)
 if args.dtype is None:
-    args.dtype = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    args.dtype = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 if args.compile is None:
     args.compile = device.type == "cuda" and find_spec("triton") is not None    # not on Windows
 if device.type == "cuda":
@@ -135,7 +137,7 @@ try:
     args.loss_prior = args.loss_prior or args.prior
     sensitive = parse_classes(args.dataset, args.sensitive)
     u, s, _ = pu_split(data, sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
-    config = preset(args.model, image_channels=data.train.shape[1], image_size=data.train.shape[2])
+    config = UNetConfig(**ckpt["config"]) if ckpt else preset(args.model, *data.train.shape[1:3])
     model = UNet(config).to(device, memory_format=torch.channels_last)
 except ValueError as e:
     parser.error(e)
@@ -145,9 +147,9 @@ U, S = data.train[u].to(device), data.train[s].to(device)
 
 # each step draws a fixed number of each
 share = {"pu": args.sensitive_share, "supervised": len(S) / (len(U) + len(S)), "unsupervised": 0}[args.algorithm]
-n_s = round(share * args.batch_size)
+n_s = min(round(share * args.batch_size), args.batch_size // 2)
 n_u = args.batch_size - n_s
-if args.algorithm == "pu" and not 0 < n_s <= n_u:
+if args.algorithm != "unsupervised" and n_s == 0:
     parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S")
 
 # -----------------------------------------------------------------------------
@@ -170,7 +172,8 @@ def loss_fn(x_0, t, eps):
     else:
         risk = unsupervised_loss(loss_u)
     mean_u, mean_s = loss_u.mean(), loss_s.mean()
-    return risk, torch.stack([risk, mean_u, mean_s, mean_u < args.loss_prior * mean_s]).detach()
+    corrected = (mean_u < args.loss_prior * mean_s) & (args.algorithm == "pu" and args.correction != "none")
+    return risk, torch.stack([risk, mean_u, mean_s, corrected]).detach()
 
 if args.compile:
     loss_fn = torch.compile(loss_fn)
@@ -189,16 +192,22 @@ if ckpt:
 # -----------------------------------------------------------------------------
 # where results go
 
+def where_it_stands():
+    return f"--resume goes on from {ckpt_path}" if ckpt_path.exists() else "no checkpoint was written yet"
+
 def save_checkpoint():
     """Written beside the last one, then renamed: an interruption leaves one whole checkpoint, old or new."""
     rng = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         rng[device.type] = getattr(torch, device.type).get_rng_state()
     saved_args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(), config=asdict(config), args=saved_args, step=step, sums=sums,
-                    counted=counted, rng=rng), f"{ckpt_path}.tmp")
-    os.replace(f"{ckpt_path}.tmp", ckpt_path)
+    try:
+        torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict(), config=asdict(config), args=saved_args, step=step, sums=sums,
+                        counted=counted, rng=rng), f"{ckpt_path}.tmp")
+        os.replace(f"{ckpt_path}.tmp", ckpt_path)
+    except (OSError, RuntimeError) as e:    # RuntimeError: a full disk, to torch.save
+        fail(f"{ckpt_path} cannot be written at step {step} ({str(e).splitlines()[0]}); {where_it_stands()}")
 
 def save_samples():
     generator = torch.Generator(device).manual_seed(args.seed)    # its own: sampling does not disturb training
@@ -213,12 +222,13 @@ rows = []
 try:
     args.out_dir.mkdir(parents=True, exist_ok=True)
     if ckpt and log_path.exists():    # what was logged after the checkpoint will be logged again
-        rows = [row for row in csv.reader(log_path.open()) if row[0].isdecimal() and int(row[0]) <= step]
+        rows = [row for row in csv.reader(log_path.open()) if row and row[0].isdecimal() and int(row[0]) <= step]
     log_file = log_path.open("w", newline="")
 except OSError as e:
     fail(f"--out_dir {args.out_dir} cannot be written: {e}")
 log = csv.writer(log_file)
 log.writerows([columns, *rows])
+log_file.flush()
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -228,9 +238,6 @@ print(f"{args.dataset}: U has {len(U):,} images, {args.prior:.4g} of them sensit
 print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step")
 print(f"{args.model} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
       f"{'compiled' if args.compile else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
-
-def where_it_stands():
-    return f"--resume goes on from {ckpt_path}" if ckpt_path.exists() else "no checkpoint was written yet"
 
 def check_finite():
     """Before every log line, and so that no checkpoint is overwritten with a broken one."""

@@ -164,9 +164,13 @@ class UNet(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, ckpt: dict) -> "UNet":
-        """The network in a checkpoint (see read_checkpoint), with its averaged weights, ready to sample."""
-        model = cls(UNetConfig(**ckpt["config"]))
-        model.load_state_dict(ckpt["ema"])
+        """The network in a checkpoint (see read_checkpoint), with its averaged weights, ready to sample.
+        Raises OSError where this file has changed too much since to hold it."""
+        try:
+            model = cls(UNetConfig(**ckpt["config"]))
+            model.load_state_dict(ckpt["ema"])
+        except (TypeError, ValueError, RuntimeError):
+            raise OSError("the checkpoint's network does not fit this unet.py: it was trained with another") from None
         return model.eval().requires_grad_(False)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -207,6 +211,9 @@ def check(config):
     if size % multiple:
         raise ValueError(f"image size {size} cannot be halved evenly by {levels} levels with patch {config.patch}: "
                          f"it must be a multiple of {multiple} (use fewer levels, or pad the images)")
+    if config.blocks < 1 or config.channels[0] < 4 or config.channels[0] % 2:
+        raise ValueError(f"blocks = {config.blocks}, channels[0] = {config.channels[0]}: a level needs a block, and the "
+                         f"time embedding an even number of channels, at least 4")
     for c in config.channels:
         if c % config.groups:
             raise ValueError(f"groups = {config.groups} does not divide {c} channels")
@@ -223,8 +230,11 @@ def find_device(name: str = None) -> torch.device:
     try:
         device = torch.device(name or torch.accelerator.current_accelerator() or "cpu")
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:    # AssertionError: PyTorch was built without CUDA
-        raise ValueError(f"--device {name} is not to be had here: {str(e).splitlines()[0]}") from None
+        if device.index:
+            torch.accelerator.set_device_index(device.index)    # so that cuda:1 means that one everywhere
+    except (RuntimeError, AssertionError, ImportError) as e:    # AssertionError: PyTorch was built without CUDA
+        reason = str(e).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name} is not to be had here: {reason}") from None
     return device
 
 
