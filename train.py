@@ -2,7 +2,7 @@
 Train a diffusion model on unlabeled images, some of which must not be generated, and a few that are labeled so.
 
     python train.py --dataset mnist --prior 0.5                          # half of the unlabeled digits are odd: learn the even
-    python train.py --dataset mnist --prior 0.5 --resume                 # go on after an interruption, exactly
+    python train.py --dataset mnist --prior 0.5 --resume                 # go on after an interruption as if there had been none
     python train.py --dataset mnist --prior 1/11 --sensitive 4,7         # other forbidden classes, 10 normal to 1 sensitive
     python train.py --dataset mnist --prior 0.5 --algorithm unsupervised # what happens without the method
 

@@ -86,12 +86,12 @@ def test_per_image_loss_draws_t_and_eps():
 
 
 def test_per_image_loss_is_float32_under_autocast():
-    """784 squared differences of 1 + 2^-8 sum to what bfloat16 cannot hold."""
+    """Differences of 1 + 2^-8, and sums of 784 squares of them, are numbers that bfloat16 cannot hold."""
     conv = torch.nn.Conv2d(1, 1, 1)
     torch.nn.init.zeros_(conv.weight), torch.nn.init.constant_(conv.bias, -1.0)
     with torch.autocast("cpu", torch.bfloat16):
         loss = diffusion.per_image_loss(lambda x, t: conv(x), torch.zeros(2, 1, 28, 28), torch.tensor([0, 9]),
-                                        torch.full((2, 1, 28, 28), 2 ** -8))
+                                        torch.full((2, 1, 28, 28), 2 ** -8, dtype=torch.bfloat16))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, torch.full((2,), 784 * (1 + 2 ** -8) ** 2))
 
@@ -145,6 +145,27 @@ def test_dpm_solver_at_20_steps_beats_ddim_at_20():
     assert (solver - answer).abs().mean() < 0.2 * (ddim - answer).abs().mean()
 
 
+def test_dpm_solver_formula_on_uneven_steps():
+    """Against DPM-Solver++'s own formulas: eq. 4.1 to 4.3 of the 2M algorithm, with r = h_last / h far from 1."""
+    uneven, times = GaussianDiffusion(), [999, 700, 650, 200, 20, -1]
+    uneven.times = lambda steps, spacing: times
+    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(4))
+    got = uneven.sample(oracle, (100, 1), 5, "dpm++", generator=torch.Generator().manual_seed(4))
+    x, D_last, lambda_last = x.double(), None, None
+    for t, s in zip(times[:-1], times[1:-1]):
+        (a_t, s_t), (a_s, s_s) = [(diffusion.alpha_bar[i] ** 0.5, (1 - diffusion.alpha_bar[i]) ** 0.5) for i in (t, s)]
+        x_0 = ((x - s_t * oracle(x, torch.full((100,), t)).double()) / a_t).clamp(-1, 1)
+        h, D = math.log(a_s / s_s) - math.log(a_t / s_t), x_0
+        if D_last is not None:
+            r = (math.log(a_t / s_t) - lambda_last) / h
+            D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * D_last
+        D_last, lambda_last = x_0, math.log(a_t / s_t)
+        x = s_s / s_t * x - a_s * math.expm1(-h) * D
+    a, s = diffusion.alpha_bar[20] ** 0.5, (1 - diffusion.alpha_bar[20]) ** 0.5
+    expected = ((x - s * oracle(x, torch.full((100,), 20)).double()) / a).clamp(-1, 1)    # the last step: x_0 itself
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_ddpm_is_ddim_at_eta_1():
     a, b = (diffusion.sample(oracle, (10, 1), 30, sampler, eta=1.0, generator=torch.Generator().manual_seed(3))
             for sampler in ["ddpm", "ddim"])
@@ -168,6 +189,8 @@ def test_images_stay_in_range_whatever_the_network_says(sampler):
 def test_bad_wishes_are_refused():
     with pytest.raises(ValueError, match="'euler'.*ddpm, ddim or dpm"):
         diffusion.sample(oracle, (1, 1), 10, "euler")
+    with pytest.raises(ValueError, match="eta must be 0 to 1, not 2"):
+        diffusion.sample(oracle, (1, 1), 10, "ddim", eta=2)
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"steps must be 1 to 1000, not {steps}"):
             diffusion.sample(oracle, (1, 1), steps)

@@ -28,8 +28,9 @@ def test_grid_and_folder_hold_the_same_images(small_run, tmp_path):
 
 def test_the_seed_decides(small_run, tmp_path):
     for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
-        sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 4, "--sampler", "ddpm", "--seed", seed, "--grid", tmp_path / name)
-    a, b, c = (pixels(tmp_path / name) for name in "abc")
+        sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 4, "--sampler", "ddpm", "--seed", seed,
+               "--grid", tmp_path / f"{name}.png")
+    a, b, c = (pixels(tmp_path / f"{name}.png") for name in "abc")
     assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
@@ -73,3 +74,10 @@ def test_folders_that_hold_images_or_cannot_be_made(small_run, tmp_path):
     refused(1, "00000.png", "sample.py", "--ckpt", ckpt, "--out_dir", tmp_path / "full" / "00000.png")
     refused(1, "00000.png", "sample.py", "--ckpt", ckpt, "--grid", tmp_path / "full" / "00000.png" / "grid.png")
     assert (tmp_path / "full" / "00000.png").read_text() == "precious"
+
+
+def test_a_grid_does_not_overwrite_the_checkpoint(small_run):
+    ckpt = small_run[0] / "ckpt.pt"
+    before = ckpt.read_bytes()
+    refused(2, "must end in .png", "sample.py", "--ckpt", ckpt, "--grid", ckpt)
+    assert ckpt.read_bytes() == before

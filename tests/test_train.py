@@ -1,6 +1,8 @@
 """The loop as a user meets it: real MNIST runs, exact resumption, and every wrong command line."""
 import csv
 import gzip
+import math
+import runpy
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, command, refused, run
 from PIL import Image
+
+import data
+import diffusion
 
 
 def read_log(folder):
@@ -31,6 +36,52 @@ def test_a_small_run_learns_and_leaves_everything_behind(small_run):
     ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
     assert ckpt["step"] == 30 and ckpt["args"]["prior"] == 0.5 and ckpt["config"]["patch"] == 2
     assert any((ckpt["model"][k] != ckpt["ema"][k]).any() for k in ckpt["model"])
+
+
+def test_learning_rate_warms_up_then_falls_as_a_cosine(small_run):
+    for row in read_log(small_run[0]):    # 5 steps of warm-up, 30 in all; the row's last step is number step - 1
+        assert row["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1 - 5) / 25)))
+
+
+def test_what_the_loss_is_shown(tmp_path, monkeypatch):
+    """The loop in this process, with its batches overheard: U is mixed, S is sensitive, and the two are paired."""
+    shown = []
+    per_image_loss = diffusion.GaussianDiffusion.per_image_loss
+    monkeypatch.setattr(diffusion.GaussianDiffusion, "per_image_loss",
+                        lambda self, *args: shown.append([x.clone() for x in args[1:]]) or per_image_loss(self, *args))
+    monkeypatch.setattr("sys.argv", ["train.py", *map(str, SMALL), "--batch_size", "100", "--sensitive_share", "0.4",
+                                     "--max_steps", "4", "--out_dir", str(tmp_path / "run")])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        runpy.run_path(str(ROOT / "train.py"))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+    mnist = data.load("mnist")
+    label = {image.numpy().tobytes(): int(y) for image, y in zip(mnist.train, mnist.train_labels)}
+    u, s, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 50000, 2500, seed=0)
+    U, S = ({image.numpy().tobytes() for image in mnist.train[index]} for index in (u, s))
+    hidden = 0
+    for x_0, t, eps in shown:
+        images = [image.contiguous().numpy().tobytes() for image in data.to_uint8(x_0)]
+        assert len(images) == 100
+        assert all(image in U for image in images[:60]) and all(image in S for image in images[60:])
+        hidden += sum(label[image] % 2 for image in images[:60])
+        assert torch.equal(t[60:], t[:40]) and torch.equal(eps[60:], eps[:40])
+        assert abs(eps[:60].mean()) < 0.02 and abs(eps[:60].std() - 1) < 0.02
+        gaps = t[:60].sort().values.diff()    # evenly spread: as close to 1000 / 60 as three kinds of gap allow
+        assert gaps.max() < 2 * 1000 / 60 and t.min() < 34 and t.max() >= 966
+    assert len(shown) == 4 and abs(hidden / 240 - 0.5) < 4 * 0.5 / 240 ** 0.5
+    assert not torch.equal(shown[0][2], shown[1][2]) and not torch.equal(shown[0][1], shown[1][1])
+
+
+def test_loss_prior_and_ema_decay(tmp_path):
+    """Far from any fit, sensitive images cost nothing: the risk is | l_U - loss_prior l_S |. Decay 0 averages nothing."""
+    run("train.py", *SMALL, "--loss_prior", "0.2", "--ema_decay", 0, "--max_steps", 3, "--log_interval", 1, "--out_dir", tmp_path / "run")
+    for row in read_log(tmp_path / "run"):
+        assert row["risk"] == pytest.approx(row["loss_u"] - 0.2 * row["loss_s"], rel=1e-5)
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
+    assert same(ckpt["model"], ckpt["ema"])
 
 
 def same(a, b):
@@ -84,7 +135,7 @@ def test_baselines_run(tmp_path, algorithm, counts):
 @pytest.mark.parametrize("flags", [
     ["--dtype", "bfloat16"],
     ["--dtype", "float16"],
-    ["--correction", "nn", "--schedule", "cosine", "--sensitive", "4,7", "--prior", "1/11", "--loss_prior", "0.2"],
+    ["--correction", "nn", "--schedule", "cosine", "--sensitive", "4,7", "--prior", "1/11", "--batch_size", 31],
 ])
 def test_other_choices_run(tmp_path, flags):
     run("train.py", *SMALL, *flags, "--max_steps", 3, "--out_dir", tmp_path / "run")
@@ -121,6 +172,8 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
     (["--max_steps", "0"], "--max_steps: 0 is not a positive whole number"),
     (["--sensitive_share", "0.9"], "--sensitive_share 0.9 is above 0.5"),
     (["--batch_size", "1"], "--batch_size 1 leaves no room"),
+    (["--batch_size", "8", "--algorithm", "supervised"], "--batch_size 8 leaves no room"),
+    (["--seed", "99999999999999999999"], "--seed must fit in 64 bits"),
     (["--device", "banana"], "--device banana is not to be had here"),
     pytest.param(["--device", "cuda"], "--device cuda is not to be had here",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),

@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from unet import Attention, UNet, UNetConfig, find_device, preset, read_checkpoint, timestep_embedding
+from unet import (Attention, Downsample, ResBlock, UNet, UNetConfig, Upsample, find_device, preset, read_checkpoint,
+                  timestep_embedding)
 
 SMALL = UNetConfig(image_channels=2, image_size=8, channels=(8, 16), blocks=1, attention=(1,), groups=4)
 
@@ -72,9 +74,10 @@ def test_depends_on_the_timestep():
     assert (out[0] - out[1]).abs().max() > 1e-4
 
 
-def test_patch_keeps_pixels_in_their_place():
-    """With every weight zero except centre taps that pass channel i to channel i, patching must be undone exactly."""
-    model = UNet(replace(SMALL, patch=2, channels=(8,), attention=(), groups=8))
+@pytest.mark.parametrize("pad", [0, 2])
+def test_patch_and_pad_keep_pixels_in_their_place(pad):
+    """With every weight zero except centre taps that pass channel i to channel i, both must be undone exactly."""
+    model = UNet(replace(SMALL, patch=2, pad=pad, channels=(8,), attention=(), groups=8))
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
@@ -83,7 +86,46 @@ def test_patch_keeps_pixels_in_their_place():
         model.up[0].blocks[-1].skip.weight[:, 8:] = eye    # the last skip connection is conv_in's output
         model.conv_out.weight[:, :, 1:2, 1:2] = eye
     model.norm_out, x = torch.nn.Identity(), torch.randn(2, 2, 8, 8)
-    torch.testing.assert_close(model(x, torch.tensor([0, 1])), torch.nn.functional.silu(x))
+    torch.testing.assert_close(model(x, torch.tensor([0, 1])), F.silu(x))
+
+
+def test_downsample_pads_right_and_below_and_upsample_repeats():
+    down, up = Downsample(1), Upsample(1)
+    with torch.no_grad():
+        for layer, tap in [(down, 0), (up, 1)]:
+            layer.weight.zero_(), layer.bias.zero_()
+            layer.weight[0, 0, tap, tap] = 1
+    x = torch.randn(1, 1, 6, 4)
+    assert torch.equal(down(x), x[:, :, ::2, ::2])                # the first tap of its first window is pixel (0, 0)
+    assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("c_out", [8, 12])
+def test_res_block_formula(c_out):
+    torch.manual_seed(0)
+    block = ResBlock(8, c_out, 16, SMALL)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    h = block.conv1(F.silu(F.group_norm(x, 4, block.norm1.weight, block.norm1.bias, eps=1e-6)))
+    h = h + (emb @ block.time.weight.T + block.time.bias).view(2, c_out, 1, 1)
+    h = block.conv2(F.silu(F.group_norm(h, 4, block.norm2.weight, block.norm2.bias, eps=1e-6)))
+    torch.testing.assert_close(block(x, emb), h + (x if c_out == 8 else block.skip(x)))
+
+
+def test_blocks_are_told_the_time_through_two_layers_and_a_silu():
+    model, t, told = trained(SMALL), torch.tensor([5, 700]), []
+    model.mid1.register_forward_hook(lambda module, args, out: told.append(args[1]))
+    model(torch.randn(2, 2, 8, 8), t)
+    first, second = model.time[0], model.time[2]
+    torch.testing.assert_close(told[0], F.silu(second(F.silu(first(timestep_embedding(t, 8))))))
+
+
+def test_dropout_acts_in_training_only():
+    model, x, t = trained(replace(SMALL, dropout=0.5)), torch.randn(1, 2, 8, 8), torch.tensor([5])
+    assert torch.equal(model(x, t), model(x, t))
+    model.train()
+    assert not torch.equal(model(x, t), model(x, t))
 
 
 @pytest.mark.parametrize("head_dim, heads", [(0, 1), (4, 3)])
@@ -112,6 +154,8 @@ def test_timestep_embedding_closed_form():
 @pytest.mark.parametrize("change, words", [
     (dict(image_size=9), "image size 9 cannot be halved evenly by 2 levels with patch 1: it must be a multiple of 2"),
     (dict(image_size=10, patch=2), "multiple of 4"),
+    (dict(blocks=0), "a level needs a block"),
+    (dict(channels=(2, 16), groups=2), "an even number of channels, at least 4"),
     (dict(groups=3), "groups = 3 does not divide 8 channels"),
     (dict(attention=(2,)), "attention at level 2, but the levels are 0 to 1"),
     (dict(head_dim=5), "head_dim = 5 does not divide 16 channels"),
@@ -140,6 +184,16 @@ def test_read_checkpoint_refuses_what_is_none(tmp_path):
     for name in ["text.pt", "other.pt"]:
         with pytest.raises(OSError, match=f"{name} is not a checkpoint of train.py"):
             read_checkpoint(tmp_path / name)
+
+
+def test_a_checkpoint_of_another_network_is_refused():
+    ckpt = dict(config=vars(SMALL), ema=UNet(SMALL).state_dict())
+    assert UNet.from_checkpoint(ckpt).config == SMALL
+    for config in [replace(SMALL, blocks=2), replace(SMALL, groups=3)]:
+        with pytest.raises(OSError, match="does not fit this unet.py"):
+            UNet.from_checkpoint(ckpt | dict(config=vars(config)))
+    with pytest.raises(OSError, match="does not fit this unet.py"):
+        UNet.from_checkpoint(ckpt | dict(config=dict(vars(SMALL), depth=3)))
 
 
 def test_find_device():
