@@ -21,7 +21,7 @@ from unet import UNet, find_device, read_checkpoint
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  usage="python sample.py --ckpt CKPT [--flag value ...]")
 flag = parser.add_argument
-flag("--ckpt", type=Path, required=True, help="the ckpt.pt that train.py wrote")
+flag("--ckpt", type=Path, required=True, help="the ckpt.pt that train.py wrote; its averaged weights are used")
 flag("--n", type=int, default=64, help="number of images (default: 64)")
 flag("--steps", type=int, default=20, help="network evaluations an image, 1 to 1000 (default: 20)")
 flag("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"], help="ddpm wants 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")

@@ -51,13 +51,14 @@ flag = parser.add_argument
 flag("--dataset", default="mnist", help=f"one of: {', '.join(DATASETS)} (default: mnist)")
 flag("--data_dir", type=Path, default=DATA_DIR, help="folder that holds mnist/ (default: data/ beside this file)")
 flag("--sensitive", help="what must not be generated: classes or groups, with commas (default: the data set's; mnist: odd)")
-flag("--prior", type=fraction, default=0.5, help="the fraction of sensitive images in U, and what the loss assumes (default: 0.5)")
+flag("--prior", type=fraction, default=0.5, help="fraction of sensitive images in U, and what the loss assumes (default: 0.5)")
 flag("--loss_prior", type=fraction, help="what the loss assumes instead, to study a wrong guess (default: --prior)")
 flag("--n_unlabeled", type=positive, help="images in U (default: as many as hold the data set's normal ones; mnist: 25,000 normal)")
 flag("--n_labeled", type=positive, help="images in S, labeled sensitive (default: the data set's; mnist: 2,500)")
 flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised"],
      help="pu: the method; supervised: takes U for normal; unsupervised: ignores S (default: pu)")
-flag("--correction", default="abs", choices=["abs", "nn", "none"], help="where the estimated normal loss is negative (default: abs)")
+flag("--correction", default="abs", choices=["abs", "nn", "none"],
+     help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
 flag("--schedule", default="linear", choices=["linear", "cosine"], help="noise schedule (default: linear)")
 flag("--model", default="tiny", help=f"network: one of {', '.join(PRESETS)} (default: tiny)")
 flag("--batch_size", type=positive, default=128, help="images a step, from U and S together (default: 128)")
