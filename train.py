@@ -17,13 +17,12 @@ import signal
 import sys
 import time
 from dataclasses import asdict
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from data import DATA_DIR, DATASETS, load, parse_classes, pu_split, save_grid, to_uint8
+from data import DATA_DIR, DATASETS, fraction, load, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
 from unet import PRESETS, UNet, UNetConfig, find_device, preset, read_checkpoint
@@ -36,20 +35,15 @@ def positive(text):
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 
-def fraction(text):
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 0.5 or 1/11")
-    return value
-
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  usage="python train.py [--flag value ...]")
 flag = parser.add_argument
-flag("--dataset", default="mnist", help=f"one of: {', '.join(DATASETS)} (default: mnist)")
-flag("--data_dir", type=Path, default=DATA_DIR, help="folder that holds mnist/ (default: data/ beside this file)")
+flag("--dataset", default="mnist", choices=list(DATASETS), help="(default: mnist)")
+flag("--data_dir", type=Path, default=DATA_DIR,
+     help="folder that holds mnist/ and the others; for folder, the one with unlabeled/ and sensitive/ (default: data/ beside this file)")
+flag("--image_size", type=positive, help="pixels, for folder and celeba (default: 32 and 256)")
+flag("--channels", type=int, choices=[1, 3], help="grey or colour, for folder and celeba (default: 3)")
+flag("--hflip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: for photographs, not for digits)")
 flag("--sensitive", help="what must not be generated: classes or groups, with commas (default: the data set's; mnist: odd)")
 flag("--prior", type=fraction, default=0.5, help="fraction of sensitive images in U, and what the loss assumes (default: 0.5)")
 flag("--loss_prior", type=fraction, help="what the loss assumes instead, to study a wrong guess (default: --prior)")
@@ -60,12 +54,12 @@ flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised"],
 flag("--correction", default="abs", choices=["abs", "nn", "none"],
      help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
 flag("--schedule", default="linear", choices=["linear", "cosine"], help="noise schedule (default: linear)")
-flag("--model", default="tiny", help=f"network: one of {', '.join(PRESETS)} (default: tiny)")
-flag("--batch_size", type=positive, default=128, help="images a step, from U and S together (default: 128)")
+flag("--model", choices=list(PRESETS), help="network (default: tiny for digits and clothes, paper for photographs)")
+flag("--batch_size", type=positive, help="images a step, from U and S together (default: 128; stl10: 32, celeba: 16)")
 flag("--sensitive_share", type=fraction, default=0.5, help="share of each batch that pu draws from S, at most 0.5 (default: 0.5)")
-flag("--max_steps", type=positive, default=4000, help="optimizer steps (default: 4000)")
-flag("--lr", type=float, default=2e-3, help="peak learning rate; the paper's network wants 1e-4 (default: 2e-3)")
-flag("--warmup_steps", type=int, default=200, help="steps of linear warm-up, before the cosine decay to 0 (default: 200)")
+flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper)")
+flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper)")
+flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for paper)")
 flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
 flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
 flag("--seed", type=int, default=0, help="of the split, the initial weights and the noise (default: 0)")
@@ -100,6 +94,12 @@ if args.resume:
 elif ckpt_path.exists():
     parser.error(f"--out_dir {args.out_dir} already holds a run: add --resume to go on with it, or name another folder")
 
+info = DATASETS[args.dataset]
+RECIPES = {"tiny": dict(lr=2e-3, warmup_steps=200, max_steps=4000), "paper": dict(lr=1e-4, warmup_steps=500, max_steps=20000)}
+for defaults in [info, RECIPES[args.model or info["model"]]]:    # what was not asked for
+    for name, value in defaults.items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
 if args.sensitive_share > 0.5:
     parser.error(f"--sensitive_share {args.sensitive_share} is above 0.5: every image of S is paired with one of U")
 for name in ["lr", "grad_clip"]:
@@ -127,27 +127,25 @@ autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
-# the data: U and S live on the device as bytes
+# the data: U and S live on the device as bytes, or in a memory-mapped file where they are too large
 
 try:
-    data = load(args.dataset, args.data_dir)
-    info = DATASETS[args.dataset]
-    args.sensitive = args.sensitive or info["sensitive"]
-    args.n_unlabeled = args.n_unlabeled or round(info["n_normal"] / (1 - args.prior))
-    args.n_labeled = args.n_labeled or info["n_labeled"]
+    data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     args.loss_prior = args.loss_prior or args.prior
-    sensitive = parse_classes(args.dataset, args.sensitive)
-    u, s, _ = pu_split(data, sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
+    u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
     config = UNetConfig(**ckpt["config"]) if ckpt else preset(args.model, *data.train.shape[1:3])
     model = UNet(config).to(device, memory_format=torch.channels_last)
 except ValueError as e:
     parser.error(e)
 except OSError as e:
     fail(e)
-U, S = data.train[u].to(device), data.train[s].to(device)
+images = data.train
+if (len(u) + len(s)) * images[0].numel() <= 2 ** 29:
+    images = torch.cat([images[u], images[s]]).to(device)
+    u, s = torch.arange(len(u), device=device), torch.arange(len(u), len(images), device=device)
 
 # each step draws a fixed number of each
-share = {"pu": args.sensitive_share, "supervised": len(S) / (len(U) + len(S)), "unsupervised": 0}[args.algorithm]
+share = {"pu": args.sensitive_share, "supervised": len(s) / (len(u) + len(s)), "unsupervised": 0}[args.algorithm]
 n_s = min(round(share * args.batch_size), args.batch_size // 2)
 n_u = args.batch_size - n_s
 if args.algorithm != "unsupervised" and n_s == 0:
@@ -235,7 +233,7 @@ log_file.flush()
 # the loop
 
 n_params = sum(p.numel() for p in model.parameters())
-print(f"{args.dataset}: U has {len(U):,} images, {args.prior:.4g} of them sensitive ({args.sensitive}); S has {len(S):,}")
+print(f"{args.dataset}: U has {len(u):,} images, {args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {len(s):,}")
 print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step")
 print(f"{args.model} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
       f"{'compiled' if args.compile else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
@@ -256,8 +254,13 @@ while step < args.max_steps:
     for group in optimizer.param_groups:
         group["lr"] = lr
 
-    x_0 = torch.cat([U[torch.randint(len(U), (n_u,), device=device)], S[torch.randint(len(S), (n_s,), device=device)]])
-    x_0 = (x_0.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)    # [B, C, H, W] in [-1, 1]
+    x_0 = images[torch.cat([index[torch.randint(len(index), (n,), device=index.device)] for index, n in [(u, n_u), (s, n_s)]])]
+    if device.type == "cuda" and x_0.device != device:
+        x_0 = x_0.pin_memory()
+    x_0 = x_0.to(device, non_blocking=True).float() / 127.5 - 1
+    x_0 = x_0.contiguous(memory_format=torch.channels_last)    # [B, C, H, W] in [-1, 1]
+    if args.hflip:
+        x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
     # timesteps one golden ratio apart are spread evenly over [0, T), and so are the first few of them
     t = (diffusion.T * ((torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)) % 1)).long()
     eps = torch.randn_like(x_0[:n_u])

@@ -1,0 +1,374 @@
+"""The other data sets in their published layouts, byte by byte; a folder of all kinds of images; and hostile downloads."""
+import gzip
+import hashlib
+import io
+import shutil
+import tarfile
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, refused, run
+from PIL import Image
+
+import data
+from data import DATA_DIR, DATASETS, decode, has_class, load, parse_classes, pu_split, split
+
+SHARED = ROOT.parent / "shared" / "data"    # real copies of the larger sets, where there are any
+rng = np.random.default_rng(0)
+
+
+def random_bytes(*shape):
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+# CIFAR-10 and STL-10: a pixel's place in the file is computed here from the published description
+
+def write_cifar10(folder, batches=2, n=5):
+    folder.mkdir(parents=True)
+    for name in [*(f"data_batch_{i + 1}.bin" for i in range(batches)), "test_batch.bin"]:
+        records = random_bytes(n, 3073)
+        records[:, 0] %= 10
+        (folder / name).write_bytes(records.tobytes())
+
+
+def test_cifar10_layout(tmp_path):
+    write_cifar10(tmp_path / "cifar10" / "cifar-10-batches-bin")
+    images = load("cifar10", tmp_path)
+    assert images.train.shape == (10, 3, 32, 32) and images.test.shape == (5, 3, 32, 32)
+    raw = (tmp_path / "cifar10" / "cifar-10-batches-bin" / "data_batch_2.bin").read_bytes()
+    assert images.train_labels[5:].tolist() == [raw[3073 * i] for i in range(5)]
+    for i, channel, row, column in [(0, 0, 0, 0), (3, 1, 7, 30), (4, 2, 31, 31)]:
+        assert images.train[5 + i, channel, row, column] == raw[3073 * i + 1 + 1024 * channel + 32 * row + column]
+
+
+def test_stl10_layout_is_column_by_column(tmp_path):
+    folder = tmp_path / "stl10" / "stl10_binary"
+    folder.mkdir(parents=True)
+    for part, n in [("train", 3), ("test", 4)]:
+        (folder / f"{part}_X.bin").write_bytes(random_bytes(n * 3 * 96 * 96).tobytes())
+        (folder / f"{part}_y.bin").write_bytes(bytes([1, 10, 5, 2][:n]))
+    images = load("stl10", tmp_path)
+    assert images.train.shape == (3, 3, 96, 96) and images.test_labels.tolist() == [0, 9, 4, 1]
+    raw = (folder / "test_X.bin").read_bytes()
+    for i, channel, row, column in [(0, 0, 0, 1), (2, 1, 7, 90), (3, 2, 95, 95)]:
+        assert images.test[i, channel, row, column] == raw[27648 * i + 9216 * channel + 96 * column + row]
+    (folder / "train_y.bin").write_bytes(bytes([1, 2]))
+    with pytest.raises(OSError, match="3 train images but 2 labels"):
+        load("stl10", tmp_path)
+
+
+def test_a_file_of_the_wrong_size_is_named(tmp_path):
+    folder = tmp_path / "cifar10" / "cifar-10-batches-bin"
+    write_cifar10(folder)
+    (folder / "data_batch_1.bin").write_bytes(b"\0" * 3074)
+    with pytest.raises(OSError, match="data_batch_1.bin has the wrong size: 3074 bytes.*records of 3073"):
+        load("cifar10", tmp_path)
+    (folder / "test_batch.bin").unlink()
+    (folder / "data_batch_1.bin").unlink()
+    with pytest.raises(OSError, match="test_batch.bin is missing"):
+        load("cifar10", tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real files")
+def test_real_fashion_mnist_and_cifar10():
+    fashion = load("fashion_mnist", SHARED)
+    assert fashion.train.shape == (60000, 1, 28, 28) and fashion.train_labels[:5].tolist() == [9, 0, 0, 3, 0]
+    u, s, test_normal = split("fashion_mnist", fashion)
+    assert (len(u), len(s), len(test_normal)) == (40000, 2000, 6000)
+    cifar = load("cifar10", SHARED)
+    assert cifar.train_labels.bincount().tolist() == [1000] * 10 and cifar.test_labels.bincount().tolist() == [200] * 10
+
+
+# CelebA: three faces, and the real text formats
+
+def celeba(folder, as_zip):
+    folder.mkdir(parents=True)
+    names = ["5_o_Clock_Shadow", *(f"Attribute_{i}" for i in range(1, 40))]
+    rows, partition = [], []
+    for i in range(3):    # 178 x 218: left red, right blue, and green above and below the centre square
+        face = np.zeros((218, 178, 3), np.uint8)
+        face[:, :89, 0], face[:, 89:, 2], face[:18], face[-18:] = 250, 250, (0, 250, 0), (0, 250, 0)
+        stream = io.BytesIO()
+        Image.fromarray(face).save(stream, "JPEG", quality=95)
+        name = f"{i + 1:06d}.jpg"
+        if as_zip:
+            with zipfile.ZipFile(folder / "img_align_celeba.zip", "a") as archive:
+                archive.writestr(f"img_align_celeba/{name}", stream.getvalue())
+        else:
+            (folder / "img_align_celeba").mkdir(exist_ok=True)
+            (folder / "img_align_celeba" / name).write_bytes(stream.getvalue())
+        rows.append(f"{name} " + " ".join(f"{1 if (k + i) % 2 == 0 else -1:2d}" for k in range(40)) + " ")
+        partition.append(f"{name} {[0, 1, 2][i]}")
+    (folder / "list_attr_celeba.txt").write_text("\n".join(["3", " ".join(names) + " ", *rows]) + "\n")
+    (folder / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_celeba(tmp_path, as_zip):
+    celeba(tmp_path / "celeba", as_zip)
+    images = load("celeba", tmp_path, image_size=64)
+    assert images.train.shape == images.test.shape == (1, 3, 64, 64)    # the second image is for validation
+    red, green, blue = images.train[0].float()
+    assert red[:, :28].mean() > 230 and blue[:, 36:].mean() > 230 and green[5:-5].mean() < 30
+    male, female = parse_classes("celeba", "Male"), parse_classes("celeba", "female")
+    assert has_class(images.train_labels, male).tolist() == [True] and has_class(images.test_labels, male).tolist() == [True]
+    assert has_class(images.train_labels, female).tolist() == [False]
+    assert images.train_labels.shape == (1, 80) and (images.train_labels[:, :40] ^ images.train_labels[:, 40:]).all()
+
+
+def test_celeba_says_what_is_missing(tmp_path):
+    celeba(tmp_path / "celeba", as_zip=True)
+    (tmp_path / "celeba" / "list_eval_partition.txt").unlink()
+    with pytest.raises(OSError, match="get list_eval_partition.txt from https.*CelebA.html and put them into .*celeba"):
+        load("celeba", tmp_path)
+
+
+def test_celeba_attributes_are_split_like_classes():
+    labels = torch.zeros(100, 80, dtype=torch.bool)
+    labels[:30, 20] = True
+    labels[30:, 60] = True
+    u, s, test_normal = pu_split(data.Images(None, labels, None, labels), [60], prior=0.5, n_unlabeled=40, n_labeled=20)
+    assert labels[u, 60].sum() == 20 and labels[s, 60].all() and len(test_normal) == 30 and len(torch.cat([u, s]).unique()) == 60
+
+
+@pytest.mark.parametrize("name, normal, sensitive, counts", [
+    ("cifar10", "vehicles", "animals", (20000, 2000)), ("stl10", "vehicles", "animals", (2000, 200)),
+])
+def test_both_directions(name, normal, sensitive, counts):
+    info, classes = DATASETS[name], DATASETS[name]["classes"]
+    assert info["sensitive"] == sensitive and (info["n_normal"], info["n_labeled"]) == counts
+    assert sorted(parse_classes(name, normal) + parse_classes(name, sensitive)) == list(range(10))
+    assert [classes[i] for i in parse_classes(name, "vehicles")] == (
+        ["airplane", "automobile", "ship", "truck"] if name == "cifar10" else ["airplane", "car", "ship", "truck"])
+    assert parse_classes(name, "Cat, 9") == sorted([classes.index("cat"), 9])
+
+
+# A folder of images
+
+def test_decode_reads_every_kind_the_right_way_round(tmp_path):
+    """A picture that is white above and black below, in every form; each must decode to just that."""
+    truth = np.zeros((40, 40), np.uint8)
+    truth[:20] = 255
+    grey, rgb = Image.fromarray(truth), Image.fromarray(truth).convert("RGB")
+    grey.save(tmp_path / "grey.png"), rgb.save(tmp_path / "rgb.bmp"), rgb.save(tmp_path / "lossless.webp", lossless=True)
+    Image.fromarray(truth.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    rgb.quantize(2).save(tmp_path / "palette.png")
+    grey.save(tmp_path / "two.gif", save_all=True, append_images=[Image.fromarray(255 - truth)])
+    clear = np.zeros((40, 40, 4), np.uint8)
+    clear[20:, :, 3] = 255    # transparent above, black below
+    Image.fromarray(clear).save(tmp_path / "alpha.png")
+    turned = rgb.rotate(90, expand=True)    # stored on its side, with the EXIF tag that says so
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "exif.jpg", exif=exif, quality=100)
+    wide = Image.new("RGB", (120, 40), "red")
+    wide.paste(rgb, (40, 0))
+    wide.save(tmp_path / "wide.png")
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 9
+    for path in paths:
+        for channels in (1, 3):
+            image = decode(path, 20, channels)
+            assert image.shape == (channels, 20, 20) and image.dtype == np.uint8
+            inside = image[:, :, 1:-1]    # the resize filter of a crop sees a little of what was cut away
+            assert inside[:, :9].min() > 240 and inside[:, 11:].max() < 15, path.name
+
+
+def make_folder(root, n=200, broken=()):
+    """Real digits as PNG and JPEG, in subfolders; those numbered in `broken` are not images."""
+    mnist = load("mnist")
+    for part, count in [("unlabeled", n), ("sensitive", n // 4), ("normal_test", 5)]:
+        for i in range(count):
+            path = root / part / "ab"[i % 2] / f"{i:04d}.{['png', 'JPG'][i % 2]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if part == "unlabeled" and i in broken:
+                path.write_bytes(b"\x89PNG\r\n broken")
+            else:
+                Image.fromarray(mnist.train[i, 0].numpy()).save(path, format=["PNG", "JPEG"][i % 2])
+    (root / "unlabeled" / "notes.txt").write_text("not an image, and not meant to be")
+
+
+def test_folder_is_decoded_once(tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path, broken=[6, 107])
+    images = load("folder", tmp_path, image_size=28, channels=1)
+    assert images.train.shape == (248, 1, 28, 28) and images.test.shape == (5, 1, 28, 28)
+    assert images.train_labels.bincount().tolist() == [198, 50]
+    mnist = load("mnist")
+    assert torch.equal(images.train[:3], mnist.train[[0, 2, 4]])            # folder a: the PNGs with even numbers
+    said = capsys.readouterr().err
+    assert "0006.png cannot be decoded" in said and "0107.JPG cannot be decoded" in said and "2 of 255 images were skipped" in said
+
+    monkeypatch.setattr(data, "decode", None)    # a second start decodes nothing
+    again = load("folder", tmp_path, image_size=28, channels=1)
+    assert torch.equal(again.train, images.train) and torch.equal(again.train_labels, images.train_labels)
+    assert len(list(tmp_path.glob("*.npy"))) == 1 and not list(tmp_path.glob("*.tmp"))
+    monkeypatch.undo()
+    (tmp_path / "unlabeled" / "a" / "0000.png").unlink()    # a changed folder is decoded again
+    assert len(load("folder", tmp_path, image_size=28, channels=1).train) == 247
+
+
+def test_too_many_broken_files_stop_the_run(tmp_path):
+    make_folder(tmp_path, broken=range(0, 200, 20))
+    with pytest.raises(OSError, match="10 of 255 images in .* cannot be decoded, more than 1 %"):
+        load("folder", tmp_path)
+    assert not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_decompression_bomb_is_a_broken_file(tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path)
+    Image.new("1", (3000, 3000)).save(tmp_path / "unlabeled" / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    assert len(load("folder", tmp_path).train) == 250
+    assert "bomb.png cannot be decoded" in capsys.readouterr().err
+
+
+def test_an_empty_folder_gets_the_layout_drawn(tmp_path):
+    with pytest.raises(OSError, match="unlabeled holds no images") as e:
+        load("folder", tmp_path)
+    assert f"{tmp_path}/sensitive/..." in str(e.value)
+    make_folder(tmp_path)
+    shutil.rmtree(tmp_path / "sensitive")
+    with pytest.raises(OSError, match="sensitive holds no images"):
+        load("folder", tmp_path)
+
+
+def test_a_folder_is_trained_on_and_sampled(tmp_path):
+    make_folder(tmp_path / "images", broken=[50])
+    flags = ["--device", "cpu", "--dataset", "folder", "--data_dir", tmp_path / "images", "--model", "tiny", "--prior", "0.3"]
+    trained = run("train.py", *flags, "--batch_size", 16, "--max_steps", 4, "--out_dir", tmp_path / "run")
+    assert "U has 199 images, 0.3 of them sensitive (assumed); S has 50" in trained.stdout
+    run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 5)
+    run("sample.py", "--device", "cpu", "--ckpt", tmp_path / "run" / "ckpt.pt", "--n", 1, "--steps", 2, "--grid", tmp_path / "g.png")
+    image = Image.open(tmp_path / "g.png")
+    assert image.size == (32, 32) and image.mode == "RGB"
+
+
+def test_preview(tmp_path):
+    printed = run("data.py", "--dataset", "mnist", "--prior", "1/11", "--preview", tmp_path / "p.png").stdout
+    assert "U has 27,500, S has 2,500; 4,926 normal test images" in printed and "in U: 2,500, which is 0.09091 of it" in printed
+    assert Image.open(tmp_path / "p.png").size == (2 * (8 * 29 - 1) + 12, 8 * 29 - 1)
+    refused(2, "unknown data set 'x'", "data.py", "--dataset", "x")
+    refused(1, "list_attr_celeba.txt", "data.py", "--dataset", "celeba", "--data_dir", tmp_path)
+
+
+# Downloads: a server on this machine that does everything wrong
+
+FILES = {}    # name -> bytes
+
+
+class Hostile(BaseHTTPRequestHandler):
+    def do_GET(self):
+        manner, name = self.path.strip("/").split("/")
+        body = FILES[name]
+        if manner in ("404", "500"):
+            return self.send_error(int(manner))
+        self.send_response(200)
+        self.send_header("Content-Length", len(body))
+        self.end_headers()
+        if manner == "wrong":
+            body = bytes(len(body))
+        if manner == "stall":
+            self.wfile.write(body[:100])
+            self.wfile.flush()
+            return time.sleep(3)
+        self.wfile.write(body[:len(body) // 2] if manner == "cut" else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def serve_cifar10(monkeypatch, server, manners, tmp_path, edit=lambda tar: None):
+    if not (tmp_path / "source").exists():
+        write_cifar10(tmp_path / "source" / "cifar-10-batches-bin")
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        tar.add(tmp_path / "source" / "cifar-10-batches-bin", "cifar-10-batches-bin")
+        edit(tar)
+    FILES["cifar.tar.gz"] = stream.getvalue()
+    md5 = hashlib.md5(stream.getvalue()).hexdigest()
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", ("cifar-10-batches-bin", md5, [f"{server}/{m}/cifar.tar.gz" for m in manners]))
+
+
+def test_download_unpacks_and_is_not_repeated(tmp_path, monkeypatch, server):
+    serve_cifar10(monkeypatch, server, ["ok"], tmp_path)
+    assert load("cifar10", tmp_path / "data").train.shape == (10, 3, 32, 32)
+    assert [path.name for path in (tmp_path / "data" / "cifar10").iterdir()] == ["cifar-10-batches-bin"]
+    FILES.clear()
+    assert load("cifar10", tmp_path / "data").test.shape == (5, 3, 32, 32)
+
+
+@pytest.mark.parametrize("manner, words", [
+    ("cut", "bytes|IncompleteRead"), ("wrong", "expected MD5 .*, found"), ("404", "404"), ("500", "500"), ("stall", "timed out"),
+])
+def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, monkeypatch, server, manner, words):
+    monkeypatch.setattr(data, "TIMEOUT", 0.5)
+    serve_cifar10(monkeypatch, server, [manner], tmp_path)
+    with pytest.raises(OSError, match=f"cifar.tar.gz could not be downloaded.*({words}).*put that file at"):
+        load("cifar10", tmp_path / "data")
+    assert not list((tmp_path / "data" / "cifar10").iterdir())
+    serve_cifar10(monkeypatch, server, [manner, "ok"], tmp_path)    # a second address makes good
+    assert load("cifar10", tmp_path / "data").train.shape == (10, 3, 32, 32)
+
+
+def member(name, **kind):
+    info = tarfile.TarInfo(name)
+    for key, value in kind.items():
+        setattr(info, key, value)
+    return info
+
+
+@pytest.mark.parametrize("evil", [
+    member("../../escaped"), member("cifar-10-batches-bin/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    member("cifar-10-batches-bin/link", type=tarfile.LNKTYPE, linkname="../../../escaped"),
+    member("cifar-10-batches-bin/device", type=tarfile.CHRTYPE),
+])
+def test_an_archive_that_reaches_outside_is_not_unpacked(tmp_path, monkeypatch, server, evil):
+    serve_cifar10(monkeypatch, server, ["ok"], tmp_path, lambda tar: tar.addfile(evil))
+    with pytest.raises(OSError, match="cifar.tar.gz cannot be unpacked"):
+        load("cifar10", tmp_path / "data")
+    assert [path.name for path in (tmp_path / "data" / "cifar10").iterdir()] == ["cifar.tar.gz"]
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_an_absolute_path_in_an_archive_stays_inside(tmp_path, monkeypatch, server):
+    target = tmp_path / "absolute"
+    serve_cifar10(monkeypatch, server, ["ok"], tmp_path, lambda tar: tar.addfile(member(str(target))))
+    assert load("cifar10", tmp_path / "data").train.shape == (10, 3, 32, 32)
+    assert not target.exists()
+
+
+def test_an_archive_without_its_folder(tmp_path, monkeypatch, server):
+    serve_cifar10(monkeypatch, server, ["ok"], tmp_path)
+    top, md5, urls = data.ARCHIVES["cifar10"]
+    monkeypatch.setitem(data.ARCHIVES, "cifar10", ("another-name", md5, urls))
+    with pytest.raises(OSError, match="cannot be unpacked"):
+        load("cifar10", tmp_path / "data")
+
+
+def test_fashion_mnist_downloads_its_four_files(tmp_path, monkeypatch, server):
+    """MNIST's own files under Fashion-MNIST's names; the first address serves nonsense."""
+    for path in (DATA_DIR / "mnist").glob("*.gz"):
+        FILES[path.name] = path.read_bytes()
+    monkeypatch.setitem(data.IDX_SHA256, "fashion_mnist", data.IDX_SHA256["mnist"])
+    monkeypatch.setattr(data, "FASHION_URLS", [f"{server}/wrong/", f"{server}/ok/"])
+    assert torch.equal(load("fashion_mnist", tmp_path).train, load("mnist").train)
+    assert len(list((tmp_path / "fashion_mnist").iterdir())) == 4
+    name = "t10k-labels-idx1-ubyte.gz"
+    (tmp_path / "fashion_mnist" / name).unlink()
+    FILES[name] = gzip.compress(gzip.decompress(FILES[name])[:-1] + b"\7")    # well-formed, and not the published file
+    with pytest.raises(OSError, match=f"{name} could not be downloaded.*altered"):
+        load("fashion_mnist", tmp_path)
+    assert not (tmp_path / "fashion_mnist" / name).exists()
