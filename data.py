@@ -66,6 +66,8 @@ DATASETS = {
     "folder": dict(model="paper", batch_size=128, hflip=True),    # --data_dir with unlabeled/ and sensitive/
 }
 
+FITS = 2 ** 29    # bytes: U and S up to this size are kept on the device, larger ones are read from their file
+
 IDX_SHA256 = {    # of the decompressed files: train images, train labels, test images, test labels
     "mnist": ["ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
               "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from data import DATA_DIR, DATASETS, fraction, load, save_grid, split, to_uint8
+from data import DATA_DIR, DATASETS, FITS, fraction, load, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
 from unet import PRESETS, UNet, UNetConfig, find_device, preset, read_checkpoint
@@ -140,7 +140,7 @@ except ValueError as e:
 except OSError as e:
     fail(e)
 images = data.train
-if (len(u) + len(s)) * images[0].numel() <= 2 ** 29:
+if (len(u) + len(s)) * images[0].numel() <= FITS:
     images = torch.cat([images[u], images[s]]).to(device)
     u, s = torch.arange(len(u), device=device), torch.arange(len(u), len(images), device=device)
 

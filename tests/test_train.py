@@ -43,20 +43,23 @@ def test_learning_rate_warms_up_then_falls_as_a_cosine(small_run):
         assert row["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1 - 5) / 25)))
 
 
-def test_what_the_loss_is_shown(tmp_path, monkeypatch):
-    """The loop in this process, with its batches overheard: U is mixed, S is sensitive, and the two are paired."""
+def overhear(monkeypatch, *flags):
+    """The loop in this process -> what each step showed to per_image_loss: x_0, t, eps."""
     shown = []
     per_image_loss = diffusion.GaussianDiffusion.per_image_loss
-    monkeypatch.setattr(diffusion.GaussianDiffusion, "per_image_loss",
-                        lambda self, *args: shown.append([x.clone() for x in args[1:]]) or per_image_loss(self, *args))
-    monkeypatch.setattr("sys.argv", ["train.py", *map(str, SMALL), "--batch_size", "100", "--sensitive_share", "0.4",
-                                     "--max_steps", "4", "--out_dir", str(tmp_path / "run")])
     handler = signal.getsignal(signal.SIGINT)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion.GaussianDiffusion, "per_image_loss",
+                      lambda self, *args: shown.append([x.clone() for x in args[1:]]) or per_image_loss(self, *args))
+        patch.setattr("sys.argv", ["train.py", *map(str, [*SMALL, *flags])])
         runpy.run_path(str(ROOT / "train.py"))
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, handler)
+    return shown
 
+
+def test_what_the_loss_is_shown(tmp_path, monkeypatch):
+    """U is mixed, S is sensitive, and the two are paired."""
+    shown = overhear(monkeypatch, "--batch_size", 100, "--sensitive_share", "0.4", "--max_steps", 4, "--out_dir", tmp_path / "run")
     mnist = data.load("mnist")
     label = {image.numpy().tobytes(): int(y) for image, y in zip(mnist.train, mnist.train_labels)}
     u, s, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 50000, 2500, seed=0)
@@ -73,6 +76,21 @@ def test_what_the_loss_is_shown(tmp_path, monkeypatch):
         assert gaps.max() < 2 * 1000 / 60 and t.min() < 34 and t.max() >= 966
     assert len(shown) == 4 and abs(hidden / 240 - 0.5) < 4 * 0.5 / 240 ** 0.5
     assert not torch.equal(shown[0][2], shown[1][2]) and not torch.equal(shown[0][1], shown[1][1])
+
+
+def test_images_that_stay_in_their_file_are_shown_alike(tmp_path, monkeypatch):
+    shown = overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "device")
+    monkeypatch.setattr(data, "FITS", 0)
+    assert same(shown, overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "file"))
+
+
+def test_flips_are_for_those_who_ask(tmp_path, monkeypatch):
+    plain = overhear(monkeypatch, "--batch_size", 200, "--max_steps", 1, "--out_dir", tmp_path / "plain")[0][0]
+    flipped = overhear(monkeypatch, "--batch_size", 200, "--max_steps", 1, "--hflip", "--out_dir", tmp_path / "flipped")[0][0]
+    mirrored = (flipped != plain).flatten(1).any(1)
+    assert torch.equal(flipped, torch.where(mirrored[:, None, None, None], plain.flip(3), plain))
+    assert 60 < mirrored.sum() < 140
+    assert [name for name, info in data.DATASETS.items() if info["hflip"]] == ["cifar10", "stl10", "celeba", "folder"]
 
 
 def test_loss_prior_and_ema_decay(tmp_path):
