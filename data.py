@@ -16,6 +16,7 @@ import hashlib
 import http.client
 import math
 import os
+import signal
 import sys
 import tarfile
 import tempfile
@@ -62,8 +63,9 @@ DATASETS = {
             "rosy_cheeks sideburns smiling straight_hair wavy_hair wearing_earrings wearing_hat wearing_lipstick "
             "wearing_necklace wearing_necktie young").split()],
         groups={"female": [60]},
-        sensitive="female", n_normal=2000, n_labeled=200, model="paper", batch_size=16, hflip=True),
-    "folder": dict(model="paper", batch_size=128, hflip=True),    # --data_dir with unlabeled/ and sensitive/
+        sensitive="female", n_normal=2000, n_labeled=200, image_size=256, channels=3, model="paper", batch_size=16, hflip=True),
+    "folder": dict(    # --data_dir with unlabeled/ and sensitive/
+        image_size=32, channels=3, model="paper", batch_size=128, hflip=True),
 }
 
 FITS = 2 ** 29    # bytes: U and S up to this size are kept on the device, larger ones are read from their file
@@ -106,10 +108,9 @@ def load(name: str, data_dir: Path = DATA_DIR, image_size: int = None, channels:
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     folder = Path(data_dir) / name
-    if name == "folder":
-        return load_folder(Path(data_dir), image_size or 32, channels or 3)
-    if name == "celeba":
-        return load_celeba(folder, image_size or 256, channels or 3)
+    if name in ("folder", "celeba"):
+        size = (image_size or DATASETS[name]["image_size"], channels or DATASETS[name]["channels"])
+        return load_folder(Path(data_dir), *size) if name == "folder" else load_celeba(folder, *size)
     if image_size or channels:
         raise ValueError(f"image_size and channels are for folder and celeba: {name} has its own")
     if name in IDX_SHA256:
@@ -229,15 +230,16 @@ in any subfolders, as PNG, JPEG, WebP, BMP or GIF"""
 
 
 def load_folder(folder: Path, image_size: int, channels: int) -> Images:
-    """train_labels: 0 for the images in unlabeled/, 1 for those in sensitive/."""
-    parts = [sorted(path for path in (folder / part).rglob("*") if path.suffix.lower() in SUFFIXES)
+    """train_labels: 0 for the images in unlabeled/, 1 for those in sensitive/. Links to folders are not followed."""
+    parts = [sorted(path for path in (folder / part).rglob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file())
              for part in ["unlabeled", "sensitive", "normal_test"]]
-    for part, paths in zip(["unlabeled", "sensitive"], parts):
-        if not paths:
+    labels, images, which = torch.tensor([i for i, paths in enumerate(parts) for _ in paths]), [], []
+    if parts[0] and parts[1]:
+        images, which = decode_all([path for paths in parts for path in paths], image_size, channels, folder)
+        labels = labels[which]
+    for i, part in enumerate(["unlabeled", "sensitive"]):
+        if not (labels == i).any():
             raise FileNotFoundError(f"{folder / part} holds no images. The layout is{LAYOUT.format(folder)}")
-    labels = torch.tensor([i for i, paths in enumerate(parts) for _ in paths])
-    images, which = decode_all([path for paths in parts for path in paths], image_size, channels, folder)
-    labels = labels[which]
     n = int((labels < 2).sum())
     return Images(images[:n], labels[:n], images[n:], torch.zeros(len(labels) - n, dtype=torch.int64))
 
@@ -246,6 +248,8 @@ def decode(path, image_size: int, channels: int) -> np.ndarray:
     """Any image that Pillow reads -> uint8 [C, H, W]: turned upright by its EXIF, on white where it is transparent, its
     centre cropped to a square and resized with antialiasing. Raises what Pillow raises."""
     with path.open("rb") as file, Image.open(file) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:    # Pillow itself refuses twice that
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):    # 16 bits of grey
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -263,45 +267,50 @@ def decode_all(paths: list, image_size: int, channels: int, folder: Path, stamp:
     key = hashlib.sha256(f"{image_size} {channels} {stamp}".encode())
     for path in paths:
         stat = None if stamp else path.stat()
-        key.update(f"{str(path)[len(str(folder)):]} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+        key.update(os.fsencode(f"{str(path)[len(str(folder)):]} {stat and (stat.st_size, stat.st_mtime_ns)}\n"))
     cache = folder / f"decoded_{image_size}x{channels}_{key.hexdigest()[:16]}.npy"
     if not cache.exists():
         def attempt(i):
             try:
                 return i, decode(paths[i], image_size, channels)
             except Exception as e:    # Pillow raises whatever its readers do
-                print(f"\rskipped: {paths[i]} cannot be decoded ({str(e) or type(e).__name__})", file=sys.stderr)
+                print(f"\rskipped: {str(paths[i])!r} cannot be decoded ({type(e).__name__})", file=sys.stderr)
 
-        part, which, start = cache.with_suffix(".tmp"), [], time.time()
+        part, which, start = cache.with_suffix(f".{os.getpid()}.tmp"), [], time.time()
 
         def write_header(n):    # numpy leaves room in it for any n
             shape = (n, channels, image_size, image_size)
             np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
 
-        with part.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:    # Pillow works without the GIL
-            write_header(len(paths))
-            for first in range(0, len(paths), 1000):
-                done = min(first + 1000, len(paths))
-                for i, image in filter(None, pool.map(attempt, range(first, done))):
-                    file.write(image.tobytes())
-                    which.append(i)
-                print(f"\rdecoding: {done:,} of {len(paths):,} images, {done / (time.time() - start):.0f} a second",
-                      end="\n" if done == len(paths) else "", file=sys.stderr, flush=True)
-            np.save(file, np.array(which))    # a second array, behind the images
-            file.seek(0)
-            write_header(len(which))
-        bad = len(paths) - len(which)
-        if bad > 0.01 * len(paths):
-            part.unlink()
-            raise OSError(f"{bad:,} of {len(paths):,} images in {folder} cannot be decoded, more than 1 %: "
-                          f"remove or replace the files named above")
+        try:
+            with part.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:    # Pillow works without the GIL
+                write_header(len(paths))
+                for first in range(0, len(paths), 250):
+                    done = min(first + 250, len(paths))
+                    for i, image in filter(None, pool.map(attempt, range(first, done))):
+                        file.write(image.tobytes())
+                        which.append(i)
+                    bad = done - len(which)
+                    if bad > 0.01 * len(paths):
+                        raise OSError(f"{bad:,} of {len(paths):,} images in {folder} cannot be decoded, more than 1 %: "
+                                      f"remove or replace the files named above")
+                    print(f"\rdecoding: {done:,} of {len(paths):,} images, {done / (time.time() - start):.0f} a second",
+                          end="\n" if done == len(paths) else "", file=sys.stderr, flush=True)
+                np.save(file, np.array(which))    # a second array, behind the images
+                file.seek(0)
+                write_header(len(which))
+            os.replace(part, cache)
+        finally:
+            part.unlink(missing_ok=True)
         if bad:
             print(f"{bad:,} of {len(paths):,} images were skipped", file=sys.stderr)
-        os.replace(part, cache)
-    images = np.load(cache, mmap_mode="c")    # copy on write: torch has no read-only tensors
-    with cache.open("rb") as file:
-        file.seek(images.offset + images.nbytes)
-        return torch.from_numpy(images), np.load(file)
+    try:
+        images = np.load(cache, mmap_mode="c")    # copy on write: torch has no read-only tensors
+        with cache.open("rb") as file:
+            file.seek(images.offset + images.nbytes)
+            return torch.from_numpy(images), np.load(file)
+    except (ValueError, EOFError) as e:
+        raise OSError(f"{cache} is damaged ({e}): delete it, and the images will be decoded again") from None
 
 
 # -----------------------------------------------------------------------------
@@ -311,7 +320,7 @@ def fetch(urls: list, path: Path, verify):
     """Downloads path from the first url that serves it whole: under a temporary name, verified, then renamed.
     verify(part): raises OSError if that file is not what it should be. Raises OSError with what each url said."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, said = path.with_name(path.name + ".tmp"), []
+    part, said = path.with_name(f"{path.name}.{os.getpid()}.tmp"), []
     for url in urls:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as response, part.open("wb") as file:
@@ -327,7 +336,7 @@ def fetch(urls: list, path: Path, verify):
             verify(part)
             os.replace(part, path)
             return
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             said.append(f"{url}: {e}")
         finally:
             part.unlink(missing_ok=True)
@@ -338,7 +347,7 @@ def check_md5(path: Path, md5: str):
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != md5:
-        raise OSError(f"{path.name} is not the published file: expected MD5 {md5}, found {found}")
+        raise OSError(f"{path} is not the published file: expected MD5 {md5}, found {found}; delete it to download it again")
 
 
 def fetch_archive(urls: list, folder: Path, top: str, md5: str):
@@ -353,7 +362,7 @@ def fetch_archive(urls: list, folder: Path, top: str, md5: str):
             os.replace(Path(temporary) / top, folder / top)
     except (tarfile.TarError, EOFError, zlib.error, FileNotFoundError) as e:
         raise OSError(f"{archive} cannot be unpacked ({e})") from None
-    archive.unlink()
+    archive.unlink(missing_ok=True)
 
 # -----------------------------------------------------------------------------
 # the split
@@ -420,8 +429,11 @@ def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_la
 
 def split(name: str, data: Images, sensitive: str = None, prior: float = 0.5, n_unlabeled: int = None,
           n_labeled: int = None, seed: int = 0) -> tuple:
-    """pu_split with the data set's own choice for what is not given. A folder comes split: its prior is a guess."""
+    """pu_split with the data set's own choice for what is not given. A folder comes split: its prior is a guess, and
+    ValueError is raised for the rest."""
     if name == "folder":
+        if sensitive or n_unlabeled or n_labeled:
+            raise ValueError("--sensitive, --n_unlabeled and --n_labeled are for labeled data sets: a folder is split already")
         return (data.train_labels == 0).nonzero()[:, 0], (data.train_labels == 1).nonzero()[:, 0], torch.arange(len(data.test))
     info = DATASETS[name]
     return pu_split(data, parse_classes(name, sensitive or info["sensitive"]), prior,
@@ -456,6 +468,13 @@ def save_grid(images: torch.Tensor, path: Path):
 # -----------------------------------------------------------------------------
 # look at your data first
 
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
 def fraction(text: str) -> float:
     """"0.5" or "1/11" -> a number in (0, 1), for argparse."""
     try:
@@ -473,14 +492,15 @@ def main():
     flag = parser.add_argument
     flag("--dataset", required=True, help=f"one of: {', '.join(DATASETS)}")
     flag("--data_dir", type=Path, default=DATA_DIR, help="folder of data sets, or of your own images (default: data/ beside this file)")
-    flag("--image_size", type=int, help="pixels, for folder and celeba (default: 32 and 256)")
+    flag("--image_size", type=positive, help="pixels, for folder and celeba (default: 32 and 256)")
     flag("--channels", type=int, choices=[1, 3], help="grey or colour, for folder and celeba (default: 3)")
     flag("--sensitive", help="classes or groups, with commas (default: the data set's)")
-    flag("--n_unlabeled", type=int, help="images in U (default: the data set's)")
-    flag("--n_labeled", type=int, help="images in S (default: the data set's)")
+    flag("--n_unlabeled", type=positive, help="images in U (default: the data set's)")
+    flag("--n_labeled", type=positive, help="images in S (default: the data set's)")
     flag("--prior", type=fraction, default=0.5, help="the fraction of sensitive images in U (default: 0.5)")
     flag("--preview", type=Path, default=Path("preview.png"), help="PNG to write: images of U, then of S (default: preview.png)")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("data.py: interrupted"))
     try:
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
         u, s, test_normal = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled)

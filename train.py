@@ -22,18 +22,13 @@ from pathlib import Path
 
 import torch
 
-from data import DATA_DIR, DATASETS, FITS, fraction, load, save_grid, split, to_uint8
+from data import DATA_DIR, DATASETS, FITS, fraction, load, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
-from unet import PRESETS, UNet, UNetConfig, find_device, preset, read_checkpoint
+from unet import PRESETS, UNet, UNetConfig, check, find_device, preset, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # the command line
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  usage="python train.py [--flag value ...]")
@@ -78,6 +73,7 @@ def fail(error):
     sys.exit(f"train.py: error: {error}")
 
 args = parser.parse_args()
+signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted"))
 args.out_dir = args.out_dir or Path("out") / f"{args.dataset}-{args.algorithm}-{args.prior:.4g}"
 ckpt_path = args.out_dir / "ckpt.pt"
 ckpt = None
@@ -130,6 +126,8 @@ torch.manual_seed(args.seed)
 # the data: U and S live on the device as bytes, or in a memory-mapped file where they are too large
 
 try:
+    if args.image_size:    # better to fail now than after the decoding
+        check(preset(args.model, args.channels, args.image_size))
     data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     args.loss_prior = args.loss_prior or args.prior
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
@@ -139,6 +137,9 @@ except ValueError as e:
     parser.error(e)
 except OSError as e:
     fail(e)
+counts = [len(u), len(s)]
+if ckpt and ckpt["counts"] != counts:
+    fail(f"{args.data_dir} holds other images than when the run began: U and S had {ckpt['counts']}, now {counts}")
 images = data.train
 if (len(u) + len(s)) * images[0].numel() <= FITS:
     images = torch.cat([images[u], images[s]]).to(device)
@@ -202,7 +203,7 @@ def save_checkpoint():
     saved_args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     try:
         torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict(), config=asdict(config), args=saved_args, step=step, sums=sums,
+                        scaler=scaler.state_dict(), config=asdict(config), args=saved_args, counts=counts, step=step, sums=sums,
                         counted=counted, rng=rng), f"{ckpt_path}.tmp")
         os.replace(f"{ckpt_path}.tmp", ckpt_path)
     except (OSError, RuntimeError) as e:    # RuntimeError: a full disk, to torch.save

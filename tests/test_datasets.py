@@ -201,30 +201,74 @@ def test_folder_is_decoded_once(tmp_path, monkeypatch, capsys):
     mnist = load("mnist")
     assert torch.equal(images.train[:3], mnist.train[[0, 2, 4]])            # folder a: the PNGs with even numbers
     said = capsys.readouterr().err
-    assert "0006.png cannot be decoded" in said and "0107.JPG cannot be decoded" in said and "2 of 255 images were skipped" in said
+    assert "0006.png' cannot be decoded" in said and "0107.JPG' cannot be decoded" in said and "2 of 255 images were skipped" in said
 
     monkeypatch.setattr(data, "decode", None)    # a second start decodes nothing
     again = load("folder", tmp_path, image_size=28, channels=1)
     assert torch.equal(again.train, images.train) and torch.equal(again.train_labels, images.train_labels)
     assert len(list(tmp_path.glob("*.npy"))) == 1 and not list(tmp_path.glob("*.tmp"))
     monkeypatch.undo()
-    (tmp_path / "unlabeled" / "a" / "0000.png").unlink()    # a changed folder is decoded again
-    assert len(load("folder", tmp_path, image_size=28, channels=1).train) == 247
+    shutil.copy(tmp_path / "unlabeled" / "a" / "0002.png", tmp_path / "unlabeled" / "a" / "0000.png")
+    changed = load("folder", tmp_path, image_size=28, channels=1)    # a changed folder is decoded again
+    assert torch.equal(changed.train[:2], mnist.train[[2, 2]])
 
 
 def test_too_many_broken_files_stop_the_run(tmp_path):
     make_folder(tmp_path, broken=range(0, 200, 20))
-    with pytest.raises(OSError, match="10 of 255 images in .* cannot be decoded, more than 1 %"):
+    with pytest.raises(OSError, match=r"\d+ of 255 images in .* cannot be decoded, more than 1 %"):
         load("folder", tmp_path)
     assert not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_a_broken_file(tmp_path, monkeypatch, capsys):
     make_folder(tmp_path)
-    Image.new("1", (3000, 3000)).save(tmp_path / "unlabeled" / "bomb.png")
+    Image.new("1", (1500, 1000)).save(tmp_path / "unlabeled" / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
     assert len(load("folder", tmp_path).train) == 250
-    assert "bomb.png cannot be decoded" in capsys.readouterr().err
+    assert "bomb.png' cannot be decoded (DecompressionBombError)" in capsys.readouterr().err
+
+
+def test_resizing_is_antialiased(tmp_path):
+    board = np.indices((64, 64)).sum(0) % 2 * 255
+    Image.fromarray(board.astype(np.uint8)).save(tmp_path / "board.png")
+    assert abs(decode(tmp_path / "board.png", 16, 1).astype(int) - 127).max() < 8
+
+
+def test_what_is_no_file_is_no_image(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "unlabeled" / "folder.png").mkdir()
+    (tmp_path / "unlabeled" / "nowhere.png").symlink_to(tmp_path / "nothing")
+    (tmp_path / "unlabeled" / "._0000.jpg").write_bytes(b"what macOS leaves on foreign disks")
+    assert len(load("folder", tmp_path).train) == 250
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    make_folder(tmp_path)
+    load("folder", tmp_path)
+    (cache,) = tmp_path.glob("*.npy")
+    whole = cache.read_bytes()
+    for size in (0, 50, 1000, len(whole) - 10):
+        cache.write_bytes(whole[:size])
+        with pytest.raises(OSError, match=f"{cache.name} is damaged.*delete it"):
+            load("folder", tmp_path)
+
+
+def test_all_sensitive_images_broken(tmp_path):
+    make_folder(tmp_path)
+    shutil.rmtree(tmp_path / "sensitive")
+    (tmp_path / "sensitive").mkdir()
+    (tmp_path / "sensitive" / "x.png").write_text("broken")
+    with pytest.raises(OSError, match="sensitive holds no images"):
+        load("folder", tmp_path)
+
+
+def test_a_folder_is_split_already(tmp_path):
+    make_folder(tmp_path)
+    images = load("folder", tmp_path)
+    assert [len(index) for index in split("folder", images)] == [200, 50, 5]
+    with pytest.raises(ValueError, match="a folder is split already"):
+        split("folder", images, sensitive="cat")
 
 
 def test_an_empty_folder_gets_the_layout_drawn(tmp_path):
@@ -243,6 +287,11 @@ def test_a_folder_is_trained_on_and_sampled(tmp_path):
     trained = run("train.py", *flags, "--batch_size", 16, "--max_steps", 4, "--out_dir", tmp_path / "run")
     assert "U has 199 images, 0.3 of them sensitive (assumed); S has 50" in trained.stdout
     run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 5)
+    (tmp_path / "images" / "unlabeled" / "a" / "0000.png").unlink()
+    changed = run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 6, check=False)
+    assert changed.returncode == 1 and "holds other images than when the run began" in changed.stderr.splitlines()[-1]
+    refused(2, "image size 31 cannot be halved evenly", "train.py", *flags[:-4], "--model", "paper", "--image_size", 31,
+            "--out_dir", tmp_path / "other")
     run("sample.py", "--device", "cpu", "--ckpt", tmp_path / "run" / "ckpt.pt", "--n", 1, "--steps", 2, "--grid", tmp_path / "g.png")
     image = Image.open(tmp_path / "g.png")
     assert image.size == (32, 32) and image.mode == "RGB"
@@ -348,6 +397,15 @@ def test_an_absolute_path_in_an_archive_stays_inside(tmp_path, monkeypatch, serv
     serve_cifar10(monkeypatch, server, ["ok"], tmp_path, lambda tar: tar.addfile(member(str(target))))
     assert load("cifar10", tmp_path / "data").train.shape == (10, 3, 32, 32)
     assert not target.exists()
+
+
+def test_an_archive_already_there_is_verified_too(tmp_path, monkeypatch, server):
+    serve_cifar10(monkeypatch, server, ["ok"], tmp_path)
+    archive = tmp_path / "data" / "cifar10" / "cifar.tar.gz"
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(FILES["cifar.tar.gz"] + b"x")
+    with pytest.raises(OSError, match="cifar.tar.gz is not the published file.*delete it"):
+        load("cifar10", tmp_path / "data")
 
 
 def test_an_archive_without_its_folder(tmp_path, monkeypatch, server):
