@@ -353,9 +353,10 @@ def check_md5(path: Path, md5: str):
 def fetch_archive(urls: list, folder: Path, top: str, md5: str):
     """Downloads a .tar.gz and leaves its folder `top` in `folder`, whole or not at all."""
     archive = folder / urls[0].rsplit("/", 1)[-1]
-    if not archive.exists():
+    if archive.exists():
+        check_md5(archive, md5)
+    else:
         fetch(urls, archive, lambda part: check_md5(part, md5))
-    check_md5(archive, md5)
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary, tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")    # nothing outside the folder, no links out of it, no devices

@@ -92,7 +92,7 @@ elif ckpt_path.exists():
 
 info = DATASETS[args.dataset]
 RECIPES = {"tiny": dict(lr=2e-3, warmup_steps=200, max_steps=4000), "paper": dict(lr=1e-4, warmup_steps=500, max_steps=20000)}
-for defaults in [info, RECIPES[args.model or info["model"]]]:    # what was not asked for
+for defaults in [info, RECIPES.get(args.model or info["model"], RECIPES["paper"])]:    # what was not asked for
     for name, value in defaults.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import diffusion
+import unet
 
 
 def read_log(folder):
@@ -82,6 +83,12 @@ def test_images_that_stay_in_their_file_are_shown_alike(tmp_path, monkeypatch):
     shown = overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "device")
     monkeypatch.setattr(data, "FITS", 0)
     assert same(shown, overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "file"))
+
+
+def test_a_preset_added_to_unet_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.setitem(unet.PRESETS, "mine", dict(channels=(8, 8), attention=(1,), groups=8, patch=2))
+    assert len(overhear(monkeypatch, "--model", "mine", "--max_steps", 1, "--out_dir", tmp_path / "run")) == 1
+    assert torch.load(tmp_path / "run" / "ckpt.pt")["args"]["lr"] == 1e-4
 
 
 def test_flips_are_for_those_who_ask(tmp_path, monkeypatch):
