@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from data import DATA_DIR, DATASETS, FITS, fraction, load, positive, save_grid, split, to_uint8
+from data import DATA_DIR, DATASETS, FITS, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
 from unet import PRESETS, UNet, UNetConfig, check, find_device, preset, read_checkpoint
@@ -44,8 +44,9 @@ flag("--prior", type=fraction, default=0.5, help="fraction of sensitive images i
 flag("--loss_prior", type=fraction, help="what the loss assumes instead, to study a wrong guess (default: --prior)")
 flag("--n_unlabeled", type=positive, help="images in U (default: as many as hold the data set's normal ones; mnist: 25,000 normal)")
 flag("--n_labeled", type=positive, help="images in S, labeled sensitive (default: the data set's; mnist: 2,500)")
-flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised"],
-     help="pu: the method; supervised: takes U for normal; unsupervised: ignores S (default: pu)")
+flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "oracle"],
+     help="pu: the method; supervised: takes U for normal; unsupervised: ignores S; oracle: unsupervised on the normal images of "
+          "U alone, by labels that nobody has in practice (default: pu)")
 flag("--correction", default="abs", choices=["abs", "nn", "none"],
      help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
 flag("--schedule", default="linear", choices=["linear", "cosine"], help="noise schedule (default: linear)")
@@ -101,6 +102,8 @@ if args.sensitive_share > 0.5:
 for name in ["lr", "grad_clip"]:
     if not 0 < getattr(args, name) < math.inf:
         parser.error(f"--{name} must be a positive number")
+if args.algorithm == "oracle" and args.dataset == "folder":
+    parser.error("--algorithm oracle needs the labels of U, which a folder does not have")
 if abs(args.seed) >= 2 ** 63:
     parser.error("--seed must fit in 64 bits")
 if args.warmup_steps < 0 or not 0 <= args.ema_decay < 1:
@@ -131,6 +134,8 @@ try:
     data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     args.loss_prior = args.loss_prior or args.prior
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
+    if args.algorithm == "oracle":
+        u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
     config = UNetConfig(**ckpt["config"]) if ckpt else preset(args.model, *data.train.shape[1:3])
     model = UNet(config).to(device, memory_format=torch.channels_last)
 except ValueError as e:
@@ -146,10 +151,10 @@ if (len(u) + len(s)) * images[0].numel() <= FITS:
     u, s = torch.arange(len(u), device=device), torch.arange(len(u), len(images), device=device)
 
 # each step draws a fixed number of each
-share = {"pu": args.sensitive_share, "supervised": len(s) / (len(u) + len(s)), "unsupervised": 0}[args.algorithm]
+share = {"pu": args.sensitive_share, "supervised": len(s) / (len(u) + len(s)), "unsupervised": 0, "oracle": 0}[args.algorithm]
 n_s = min(round(share * args.batch_size), args.batch_size // 2)
 n_u = args.batch_size - n_s
-if args.algorithm != "unsupervised" and n_s == 0:
+if share and n_s == 0:
     parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S")
 
 # -----------------------------------------------------------------------------
@@ -179,12 +184,13 @@ if args.compile:
     loss_fn = torch.compile(loss_fn)
 
 step, sums, counted = 0, torch.zeros(4, device=device), 0    # sums of loss_fn's figures since the last log line
+seconds = 0.0    # trained before this start
 if ckpt:
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optimizer.load_state_dict(ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"])
-    step, sums, counted = ckpt["step"], ckpt["sums"].to(device), ckpt["counted"]
+    step, sums, counted, seconds = ckpt["step"], ckpt["sums"].to(device), ckpt["counted"], ckpt["seconds"]
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type in ckpt["rng"] and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(ckpt["rng"][device.type])
@@ -204,7 +210,7 @@ def save_checkpoint():
     try:
         torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), config=asdict(config), args=saved_args, counts=counts, step=step, sums=sums,
-                        counted=counted, rng=rng), f"{ckpt_path}.tmp")
+                        counted=counted, rng=rng, seconds=seconds + time.time() - start), f"{ckpt_path}.tmp")
         os.replace(f"{ckpt_path}.tmp", ckpt_path)
     except (OSError, RuntimeError) as e:    # RuntimeError: a full disk, to torch.save
         fail(f"{ckpt_path} cannot be written at step {step} ({str(e).splitlines()[0]}); {where_it_stands()}")
@@ -234,7 +240,7 @@ log_file.flush()
 # the loop
 
 n_params = sum(p.numel() for p in model.parameters())
-print(f"{args.dataset}: U has {len(u):,} images, {args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {len(s):,}")
+print(f"{args.dataset}: U has {len(u):,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {len(s):,}")
 print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step")
 print(f"{args.model} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
       f"{'compiled' if args.compile else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
@@ -246,8 +252,7 @@ def check_finite():
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; {where_it_stands()}"))
 
-start, mark, seconds_before = time.time(), time.time(), float(rows[-1][-1]) if rows else 0.0
-first_step = step
+start, mark, first_step = time.time(), time.time(), step
 while step < args.max_steps:
     # one lr for this step: linear warm-up, then a cosine down to 0
     progress = max(0, step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
@@ -290,7 +295,7 @@ while step < args.max_steps:
         left = elapsed / (step - first_step) * (args.max_steps - step)
         print(f"step {step}/{args.max_steps}  risk {risk:.3f}  l_U {loss_u:.3f}  l_S {loss_s:.3f}  corrected {corrected:.0%}  "
               f"lr {lr:.2e}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        log.writerow([step, risk, loss_u, loss_s, corrected, lr, round(speed, 1), round(seconds_before + elapsed, 1)])
+        log.writerow([step, risk, loss_u, loss_s, corrected, lr, round(speed, 1), round(seconds + elapsed, 1)])
         log_file.flush()
         sums, counted, mark = torch.zeros_like(sums), 0, time.time()
     if step % args.sample_interval == 0 or step == args.max_steps:
