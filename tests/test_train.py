@@ -79,6 +79,15 @@ def test_what_the_loss_is_shown(tmp_path, monkeypatch):
     assert not torch.equal(shown[0][2], shown[1][2]) and not torch.equal(shown[0][1], shown[1][1])
 
 
+def test_the_oracle_is_shown_nothing_but_the_normal_images_of_u(tmp_path, monkeypatch):
+    shown = overhear(monkeypatch, "--algorithm", "oracle", "--n_unlabeled", 200, "--batch_size", 400, "--max_steps", 1, "--out_dir", tmp_path)
+    mnist = data.load("mnist")
+    u, _, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 200, 2500, seed=0)
+    normal = {image.numpy().tobytes() for image in mnist.train[u[mnist.train_labels[u] % 2 == 0]]}
+    seen = {image.contiguous().numpy().tobytes() for image in data.to_uint8(shown[0][0])}
+    assert seen <= normal and len(normal) == 100 and len(seen) > 90    # 400 draws from 100 miss 2 of them or so
+
+
 def test_images_that_stay_in_their_file_are_shown_alike(tmp_path, monkeypatch):
     shown = overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "device")
     monkeypatch.setattr(data, "FITS", 0)
@@ -194,6 +203,7 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
     (["--n_labeled", "40000"], "n_labeled = 40,000 is not possible"),
     (["--model", "huge"], "--model: invalid choice: 'huge' (choose from"),
     (["--lr", "0"], "--lr must be a positive number"),
+    (["--dataset", "folder", "--algorithm", "oracle"], "--algorithm oracle needs the labels of U"),
     (["--max_steps", "0"], "--max_steps: 0 is not a positive whole number"),
     (["--sensitive_share", "0.9"], "--sensitive_share 0.9 is above 0.5"),
     (["--batch_size", "1"], "--batch_size 1 leaves no room"),
