@@ -65,13 +65,14 @@ class GaussianDiffusion(nn.Module):
         return times + [-1]
 
     @torch.no_grad()
-    def sample(self, model, shape: tuple, steps: int = 20, sampler: str = "dpm++", eta: float = 0.0,
+    def sample(self, model, shape: tuple, steps: int = 20, sampler: str = "dpm++", eta: float = None,
                generator: torch.Generator = None, progress: bool = False) -> torch.Tensor:
         """Noise -> images of the given shape [N, C, H, W], in [-1, 1], in `steps` calls of the model.
 
-        "ddim": DDIM, eq. 12; deterministic at eta = 0. "ddpm": ancestral sampling (DDPM, algorithm 2, with the
-        posterior variance), which is DDIM at eta = 1. "dpm++": DPM-Solver++(2M), which is DDIM at eta = 0 with the
-        predicted x_0 extrapolated from the last two predictions. Predictions of x_0 are clipped to [-1, 1].
+        "ddim": DDIM, eq. 12; deterministic at eta = 0, its default. "ddpm": ancestral sampling (DDPM, algorithm 2, with
+        the posterior variance), which is DDIM at eta = 1. "dpm++": the same two with the predicted x_0 extrapolated from
+        the last two predictions: SDE-DPM-Solver++(2M) at eta = 1, its default, because fresh noise mends what an
+        imperfect network got wrong; DPM-Solver++(2M) at eta = 0. Predictions of x_0 are clipped to [-1, 1].
 
         generator: source of all noise, on the device of the tables. progress: count the steps on stderr.
         Raises ValueError for an unknown sampler, steps outside 1 ... T, or eta outside [0, 1]."""
@@ -79,9 +80,10 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"unknown sampler {sampler!r}: choose ddpm, ddim or dpm++")
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1 to {self.T}, not {steps}")
+        if eta is None:
+            eta = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}[sampler]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be 0 to 1, not {eta}")
-        eta = {"ddpm": 1.0, "ddim": eta, "dpm++": 0.0}[sampler]
         device = self.signal.device
         x = torch.randn(shape, generator=generator, device=device)
         times = self.times(steps, "log_snr" if sampler == "dpm++" else "uniform")

@@ -314,3 +314,5 @@ if step == first_step:
 minutes = (time.time() - start) / 60
 print(f"trained for {minutes:.1f} minutes; the checkpoint is {ckpt_path}, the log {log_path}, the last samples {samples_path}")
 print(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
+if args.dataset != "folder":
+    print(f"to judge it: python evaluate.py --ckpt {ckpt_path}")

@@ -28,6 +28,11 @@ class UNetConfig:
     dropout: float = 0.0
     patch: int = 1                           # fold patch x patch pixels into channels: a cheaper network inside
     pad: int = 0                             # pixels of border added before the network and cut off after it
+    # DDPM's choices, for which other models in the diffusers format have others
+    norm_eps: float = 1e-6                   # added to the variance by GroupNorm
+    downsample_padding: int = 0              # of strided convolutions; 0: right and below only
+    flip_sin_to_cos: bool = False            # the time embedding: cosines first?
+    freq_shift: int = 1                      # its lowest frequency is 10000^-((dim/2 - 1) / (dim/2 - freq_shift))
 
 
 PRESETS = {
@@ -50,11 +55,11 @@ def preset(name: str, image_channels: int, image_size: int) -> UNetConfig:
     return config
 
 
-def timestep_embedding(t, dim):
+def timestep_embedding(t, dim, freq_shift=1, flip_sin_to_cos=False):
     """t [B] -> [B, dim]: sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000 (as in DDPM's code)."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - freq_shift))
     angles = t[:, None].float() * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()], dim=1)
 
 
 def zero_init(module):
@@ -67,10 +72,10 @@ def zero_init(module):
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, time_dim, config):
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=1e-6)
+        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, c_out)
-        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=1e-6)
+        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -87,7 +92,7 @@ class Attention(nn.Module):
     def __init__(self, c, config):
         super().__init__()
         self.heads = c // (config.head_dim or c)
-        self.norm = nn.GroupNorm(config.groups, c, eps=1e-6)
+        self.norm = nn.GroupNorm(config.groups, c, eps=config.norm_eps)
         self.qkv = nn.Linear(c, 3 * c)
         self.out = zero_init(nn.Linear(c, c))
 
@@ -100,12 +105,12 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """[B, C, H, W] -> [B, C, H/2, W/2]; padded right and below only, as DDPM's "SAME" convolution is."""
-    def __init__(self, c):
-        super().__init__(c, c, 3, stride=2)
+    """[B, C, H, W] -> [B, C, H/2, W/2]; without padding, a border right and below only, as DDPM's "SAME" convolution has."""
+    def __init__(self, c, padding):
+        super().__init__(c, c, 3, stride=2, padding=padding)
 
     def forward(self, x):
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+        return super().forward(x if self.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Conv2d):
@@ -143,7 +148,7 @@ class UNet(nn.Module):
         self.down, skips, c = nn.ModuleList(), [chans[0]], chans[0]    # skips: the channels of each skip connection
         for i, c_out in enumerate(chans):
             c_ins = [c] + [c_out] * (config.blocks - 1)
-            resample = Downsample(c_out) if i < last else None
+            resample = Downsample(c_out, config.downsample_padding) if i < last else None
             self.down.append(Level(c_ins, c_out, time_dim, i in config.attention, resample, config))
             skips += [c_out] * (config.blocks + (i < last))
             c = c_out
@@ -159,7 +164,7 @@ class UNet(nn.Module):
             self.up.append(Level(c_ins, c_out, time_dim, i in config.attention, resample, config))
             c = c_out
 
-        self.norm_out = nn.GroupNorm(config.groups, c, eps=1e-6)
+        self.norm_out = nn.GroupNorm(config.groups, c, eps=config.norm_eps)
         self.conv_out = zero_init(nn.Conv2d(c, c_image, 3, padding=1))
 
     @classmethod
@@ -173,10 +178,17 @@ class UNet(nn.Module):
             raise OSError("the checkpoint's network does not fit this unet.py: it was trained with another") from None
         return model.eval().requires_grad_(False)
 
+    @classmethod
+    def from_pretrained(cls, folder_or_name) -> "UNet":
+        """A model in the diffusers format, such as "google/ddpm-cifar10-32": see pretrained.py."""
+        from pretrained import load_pretrained
+        return load_pretrained(folder_or_name)[0]
+
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W], timesteps t [B] in [0, T) -> the predicted noise eps [B, C, H, W]."""
         pad, patch = self.config.pad, self.config.patch
-        emb = F.silu(self.time(timestep_embedding(t, self.config.channels[0])))     # [B, 4 * channels[0]]
+        emb = timestep_embedding(t, self.config.channels[0], self.config.freq_shift, self.config.flip_sin_to_cos)
+        emb = F.silu(self.time(emb))                                                # [B, 4 * channels[0]]
         x = F.pad(x_t, (pad, pad, pad, pad)) if pad else x_t
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=patch, q=patch) if patch > 1 else x
 

@@ -123,10 +123,10 @@ def exact_variance(steps, eta):
     return v
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddpm", 1000), ("ddim", 1000), ("dpm++", 20)])
-def test_samplers_reproduce_a_gaussian(sampler, steps):
+@pytest.mark.parametrize("sampler, steps, eta", [("ddpm", 1000, None), ("ddim", 1000, None), ("dpm++", 20, 0.0), ("dpm++", 20, 0.5), ("dpm++", 20, None)])
+def test_samplers_reproduce_a_gaussian(sampler, steps, eta):
     n = 4000
-    x = diffusion.sample(oracle, (n, 1), steps, sampler, generator=torch.Generator().manual_seed(0)).double()
+    x = diffusion.sample(oracle, (n, 1), steps, sampler, eta, generator=torch.Generator().manual_seed(0)).double()
     assert abs(x.mean() - MEAN) < 4 * STD / n ** 0.5
     # what discretisation costs on top of the sampling error: 4 % of the variance
     assert abs(x.var() / STD ** 2 - 1) < 4 * (2 / n) ** 0.5 + 0.04
@@ -140,17 +140,19 @@ def test_samplers_have_exactly_the_variance_of_their_recursion(sampler, steps, e
 
 
 def test_dpm_solver_at_20_steps_beats_ddim_at_20():
-    answer, solver, ddim = (diffusion.sample(oracle, (1000, 1), steps, sampler, generator=torch.Generator().manual_seed(2))
+    answer, solver, ddim = (diffusion.sample(oracle, (1000, 1), steps, sampler, eta=0.0, generator=torch.Generator().manual_seed(2))
                             for steps, sampler in [(1000, "ddim"), (20, "dpm++"), (20, "ddim")])
     assert (solver - answer).abs().mean() < 0.2 * (ddim - answer).abs().mean()
 
 
-def test_dpm_solver_formula_on_uneven_steps():
-    """Against DPM-Solver++'s own formulas: eq. 4.1 to 4.3 of the 2M algorithm, with r = h_last / h far from 1."""
+@pytest.mark.parametrize("eta", [0, 1])
+def test_dpm_solver_formula_on_uneven_steps(eta):
+    """Against the paper's own formulas for DPM-Solver++(2M) and SDE-DPM-Solver++(2M), with r = h_last / h far from 1."""
     uneven, times = GaussianDiffusion(), [999, 700, 650, 200, 20, -1]
     uneven.times = lambda steps, spacing: times
-    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(4))
-    got = uneven.sample(oracle, (100, 1), 5, "dpm++", generator=torch.Generator().manual_seed(4))
+    noise = torch.Generator().manual_seed(4)
+    x = torch.randn(100, 1, generator=noise)
+    got = uneven.sample(oracle, (100, 1), 5, "dpm++", eta, generator=torch.Generator().manual_seed(4))
     x, D_last, lambda_last = x.double(), None, None
     for t, s in zip(times[:-1], times[1:-1]):
         (a_t, s_t), (a_s, s_s) = [(diffusion.alpha_bar[i] ** 0.5, (1 - diffusion.alpha_bar[i]) ** 0.5) for i in (t, s)]
@@ -160,7 +162,9 @@ def test_dpm_solver_formula_on_uneven_steps():
             r = (math.log(a_t / s_t) - lambda_last) / h
             D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * D_last
         D_last, lambda_last = x_0, math.log(a_t / s_t)
-        x = s_s / s_t * x - a_s * math.expm1(-h) * D
+        x = s_s / s_t * math.exp(-eta * h) * x - a_s * math.expm1(-(1 + eta) * h) * D
+        if eta:
+            x = x + s_s * (-math.expm1(-2 * h)) ** 0.5 * torch.randn(100, 1, generator=noise)
     a, s = diffusion.alpha_bar[20] ** 0.5, (1 - diffusion.alpha_bar[20]) ** 0.5
     expected = ((x - s * oracle(x, torch.full((100,), 20)).double()) / a).clamp(-1, 1)    # the last step: x_0 itself
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
