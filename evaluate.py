@@ -282,7 +282,7 @@ def main():
         if not several or count:
             print(f"{info['classes'][i]:>20} {count:6d} {'#' * round(40 * count / widest)}{' sensitive' if i in sensitive else ''}")
     print(f"{args.out_dir / 'evaluation.png'}: the first {min(n, 100)}, those judged sensitive framed in red")
-    trained = {key: run.get(key) for key in ["algorithm", "prior", "loss_prior", "n_labeled", "model"]}
+    trained = {key: run.get(key) for key in ["algorithm", "prior", "loss_prior", "n_labeled", "model", "init_from"]}
     trained |= {"train_seed": run.get("seed"), "train_steps": ckpt.get("step"), "train_seconds": ckpt.get("seconds")} if run else {}
     print(json.dumps(dict(dataset=name, sensitive=sensitive, **trained, n=n, sampler=args.sampler if run else None,
                           steps=args.steps if run else None, seed=args.seed, rate=rate, rate_low=low, rate_high=high, fid=fid,

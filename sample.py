@@ -4,6 +4,7 @@ Images from a checkpoint of train.py: a grid to look at, or a folder of PNGs for
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 64 --grid samples.png
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 5000 --out_dir samples/
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 64 --sampler ddpm --steps 1000 --grid slow.png
+    python sample.py --ckpt out/cifar10-pu-0.1/ckpt.pt --save_diffusers cleaned/     # the model itself, for other libraries
 
 The same seed, --n and --batch_size give the same images.
 """
@@ -16,6 +17,7 @@ import torch
 
 from data import save_grid, save_png, to_uint8
 from diffusion import GaussianDiffusion
+from pretrained import save_pretrained
 from unet import UNet, find_device, read_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -28,8 +30,9 @@ flag("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"], help="ddpm
 flag("--seed", type=int, default=0, help="of all noise (default: 0)")
 flag("--batch_size", type=int, default=250, help="images at a time (default: 250)")
 flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-flag("--grid", type=Path, help="PNG to write all images to, side by side (default: samples.png, unless --out_dir is given)")
+flag("--grid", type=Path, help="PNG to write all images to, side by side (default: samples.png, unless another result is asked for)")
 flag("--out_dir", type=Path, help="folder to write 00000.png, 00001.png, ... to")
+flag("--save_diffusers", type=Path, help="folder to write the model to, in the diffusers format; samples only if --grid or --out_dir is given too")
 args = parser.parse_args()
 
 for name in ["n", "steps", "batch_size"]:
@@ -37,7 +40,7 @@ for name in ["n", "steps", "batch_size"]:
         parser.error(f"--{name} must be a positive number")
 if abs(args.seed) >= 2 ** 63:
     parser.error("--seed must fit in 64 bits")
-if args.grid is None and args.out_dir is None:
+if not (args.grid or args.out_dir or args.save_diffusers):
     args.grid = Path("samples.png")
 
 try:
@@ -47,6 +50,13 @@ try:
     diffusion = GaussianDiffusion(1000, ckpt["args"]["schedule"]).to(device)
     if args.steps > diffusion.T:
         parser.error(f"--steps {args.steps} is more than the {diffusion.T} timesteps of the diffusion")
+    if args.save_diffusers:
+        if (args.save_diffusers / "config.json").exists():
+            parser.error(f"--save_diffusers {args.save_diffusers} already holds a model: name another folder")
+        save_pretrained(model, diffusion.schedule, args.save_diffusers)
+        print(f"the model, in the diffusers format: {args.save_diffusers}")
+        if not (args.grid or args.out_dir):
+            sys.exit()
     if args.out_dir:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         if any(args.out_dir.glob("*.png")):

@@ -5,6 +5,7 @@ Train a diffusion model on unlabeled images, some of which must not be generated
     python train.py --dataset mnist --prior 0.5 --resume                 # go on after an interruption as if there had been none
     python train.py --dataset mnist --prior 1/11 --sensitive 4,7         # other forbidden classes, 10 normal to 1 sensitive
     python train.py --dataset mnist --prior 0.5 --algorithm unsupervised # what happens without the method
+    python train.py --dataset cifar10 --prior 1/11 --init_from google/ddpm-cifar10-32    # clean a model that exists
 
 One CPU or one GPU, whatever is there. Everything lands in --out_dir: ckpt.pt, log.csv, and a grid of samples now and then.
 """
@@ -24,6 +25,7 @@ import torch
 
 from data import DATA_DIR, DATASETS, FITS, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
+from pretrained import load_pretrained
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
 from unet import PRESETS, UNet, UNetConfig, check, find_device, preset, read_checkpoint
 
@@ -49,13 +51,15 @@ flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "
           "U alone, by labels that nobody has in practice (default: pu)")
 flag("--correction", default="abs", choices=["abs", "nn", "none"],
      help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
-flag("--schedule", default="linear", choices=["linear", "cosine"], help="noise schedule (default: linear)")
+flag("--init_from", help="start from this model, not from random weights: a ckpt.pt of train.py, a folder in the diffusers format, "
+                         "or the name of one on the hub, such as google/ddpm-cifar10-32")
+flag("--schedule", choices=["linear", "cosine"], help="noise schedule (default: linear, or that of --init_from)")
 flag("--model", choices=list(PRESETS), help="network (default: tiny for digits and clothes, paper for photographs)")
 flag("--batch_size", type=positive, help="images a step, from U and S together (default: 128; stl10: 32, celeba: 16)")
 flag("--sensitive_share", type=fraction, default=0.5, help="share of each batch that pu draws from S, at most 0.5 (default: 0.5)")
-flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper)")
-flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper)")
-flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for paper)")
+flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper, 20 times U with --init_from)")
+flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper and with --init_from)")
+flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")
 flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
 flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
 flag("--seed", type=int, default=0, help="of the split, the initial weights and the noise (default: 0)")
@@ -91,9 +95,13 @@ if args.resume:
 elif ckpt_path.exists():
     parser.error(f"--out_dir {args.out_dir} already holds a run: add --resume to go on with it, or name another folder")
 
-info = DATASETS[args.dataset]
-RECIPES = {"tiny": dict(lr=2e-3, warmup_steps=200, max_steps=4000), "paper": dict(lr=1e-4, warmup_steps=500, max_steps=20000)}
-for defaults in [info, RECIPES.get(args.model or info["model"], RECIPES["paper"])]:    # what was not asked for
+if args.init_from and args.model:
+    parser.error(f"--model {args.model} cannot go with --init_from, which brings its own network")
+info = {name: value for name, value in DATASETS[args.dataset].items() if not (args.init_from and name == "model")}
+RECIPES = {"tiny": dict(lr=2e-3, warmup_steps=200, max_steps=4000), "paper": dict(lr=1e-4, warmup_steps=500, max_steps=20000),
+           "init_from": dict(lr=1e-4, warmup_steps=500)}    # its max_steps depend on the size of U
+recipe = "init_from" if args.init_from else args.model or info["model"]
+for defaults in [info, RECIPES.get(recipe, RECIPES["paper"])]:    # what was not asked for
     for name, value in defaults.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
@@ -129,19 +137,34 @@ torch.manual_seed(args.seed)
 # the data: U and S live on the device as bytes, or in a memory-mapped file where they are too large
 
 try:
-    if args.image_size:    # better to fail now than after the decoding
+    initial, schedule = None, "linear"
+    if args.init_from and not ckpt:
+        if Path(args.init_from).is_file():
+            first = read_checkpoint(args.init_from)
+            initial, schedule = UNet.from_checkpoint(first).train().requires_grad_(True), first["args"]["schedule"]
+        else:
+            initial, schedule = load_pretrained(args.init_from, args.data_dir)
+        if args.schedule not in (None, schedule):
+            parser.error(f"--schedule {args.schedule} is not what {args.init_from} was trained with, {schedule}")
+    elif args.image_size and not ckpt:    # better to fail now than after the decoding
         check(preset(args.model, args.channels, args.image_size))
+    args.schedule = args.schedule or schedule
     data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     args.loss_prior = args.loss_prior or args.prior
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
     if args.algorithm == "oracle":
         u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
-    config = UNetConfig(**ckpt["config"]) if ckpt else preset(args.model, *data.train.shape[1:3])
-    model = UNet(config).to(device, memory_format=torch.channels_last)
+    channels, size = data.train.shape[1:3]
+    config = UNetConfig(**ckpt["config"]) if ckpt else initial.config if initial else preset(args.model, channels, size)
+    if (config.image_channels, config.image_size) != (channels, size):
+        parser.error(f"--init_from {args.init_from} is for {config.image_size}x{config.image_size} images of {config.image_channels} channels, "
+                     f"{args.dataset} has {size}x{size} of {channels}")
+    model = (initial or UNet(config)).to(device, memory_format=torch.channels_last)
 except ValueError as e:
     parser.error(e)
 except OSError as e:
     fail(e)
+args.max_steps = args.max_steps or math.ceil(20 * len(u) / args.batch_size)
 counts = [len(u), len(s)]
 if ckpt and ckpt["counts"] != counts:
     fail(f"{args.data_dir} holds other images than when the run began: U and S had {ckpt['counts']}, now {counts}")
@@ -242,7 +265,7 @@ log_file.flush()
 n_params = sum(p.numel() for p in model.parameters())
 print(f"{args.dataset}: U has {len(u):,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {len(s):,}")
 print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step")
-print(f"{args.model} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
+print(f"{args.model or args.init_from} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
       f"{'compiled' if args.compile else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
 
 def check_finite():
@@ -280,8 +303,8 @@ while step < args.max_steps:
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    with torch.no_grad():    # the average forgets the random start quickly, and is as slow as asked only later
-        decay = min(args.ema_decay, (1 + step) / (10 + step))
+    with torch.no_grad():    # the average forgets a random start quickly, and is as slow as asked only later
+        decay = args.ema_decay if args.init_from else min(args.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     sums += figures
     counted += 1

@@ -1,0 +1,218 @@
+"""The diffusers format: parity with that library where it is installed, and models that do not fit."""
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, refused, run
+
+import pretrained
+from diffusion import GaussianDiffusion
+from pretrained import load_pretrained, save_pretrained
+from unet import UNet, UNetConfig
+
+CIFAR10 = dict(    # google/ddpm-cifar10-32
+    sample_size=32, block_out_channels=(128, 256, 256, 256), attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False,
+    freq_shift=1, norm_eps=1e-6, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+CELEBA = dict(    # google/ddpm-celebahq-256, at a quarter of its image size
+    CIFAR10, sample_size=64, block_out_channels=(128, 128, 256, 256, 512, 512),
+    down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4)
+DEFAULTS = dict(    # what that library does unless told otherwise: other paddings, embeddings, heads and epsilon
+    sample_size=16, in_channels=1, out_channels=1, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+
+
+def theirs(config):
+    torch.manual_seed(0)
+    model = pytest.importorskip("diffusers").UNet2DModel(**config).eval()
+    with torch.no_grad():
+        for p in model.parameters():    # norms and biases too
+            p += 0.02 * torch.randn_like(p)
+    return model
+
+
+def difference(a, b, config):
+    """Relative, of two networks' outputs on random images and timesteps."""
+    x = torch.randn(2, config.get("in_channels", 3), config["sample_size"], config["sample_size"])
+    with torch.no_grad():
+        a, b = (out if torch.is_tensor(out) else out.sample for out in (f(x, torch.tensor([3, 977])) for f in (a, b)))
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.mark.parametrize("config, n_params", [(CIFAR10, 35_746_307), (CELEBA, 113_673_219), (DEFAULTS, None)])
+def test_parity_and_the_way_back(tmp_path, config, n_params):
+    model = theirs(config)
+    model.save_pretrained(tmp_path / "theirs", safe_serialization=False)
+    (tmp_path / "theirs" / "scheduler_config.json").write_text('{"beta_schedule": "squaredcos_cap_v2"}')
+    ours, schedule = load_pretrained(tmp_path / "theirs")
+    assert schedule == "cosine" and n_params in (None, sum(p.numel() for p in ours.parameters()))
+    assert difference(model, ours.eval(), config) < 1e-5
+    save_pretrained(ours, schedule, tmp_path / "ours")
+    back = type(model).from_pretrained(tmp_path / "ours").eval()
+    assert difference(model, back, config) < 1e-7
+    for key, value in config.items():
+        assert back.config[key] == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_a_pipeline_with_safetensors_and_back(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model = theirs(DEFAULTS)
+    diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    ours, schedule = load_pretrained(tmp_path / "theirs")
+    assert schedule == "linear" and difference(model, ours.eval(), DEFAULTS) < 1e-5
+    save_pretrained(ours, "cosine", tmp_path / "ours")
+    back = diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours")
+    assert difference(model, back.unet.eval(), DEFAULTS) < 1e-7
+    torch.testing.assert_close(back.scheduler.alphas_cumprod.tolist(), GaussianDiffusion(1000, "cosine").alpha_bar, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 50), ("ddpm", 1000)])
+def test_samplers_agree(sampler, steps):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = UNet(UNetConfig(1, 8, channels=(8,), blocks=1, attention=(), groups=4)).eval()
+    torch.nn.init.normal_(model.conv_out.weight, std=0.1)
+    diffusion, noise = GaussianDiffusion(), torch.Generator().manual_seed(1)
+    x = torch.randn(2, 1, 8, 8, generator=noise)
+    if sampler == "ddim":
+        scheduler, extra = diffusers.DDIMScheduler(timestep_spacing="trailing"), dict(use_clipped_model_output=True)
+    else:
+        scheduler, extra = diffusers.DDPMScheduler(), {}
+    scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t.expand(2)), t, x, generator=noise, **extra).prev_sample
+    ours = diffusion.sample(model, (2, 1, 8, 8), steps, sampler, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# without that library
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model for MNIST in the diffusers format, written by us."""
+    folder = tmp_path_factory.mktemp("pretrained") / "model"
+    torch.manual_seed(0)
+    save_pretrained(UNet(UNetConfig(1, 28, channels=(8, 16), blocks=1, attention=(1,), groups=4)), "cosine", folder)
+    return folder
+
+
+def changed(folder, tmp_path, file="config.json", **fields):
+    """A copy of the folder with other values in one of its files."""
+    copy = tmp_path / "changed"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / file).write_text(json.dumps({**json.loads((copy / file).read_text()), **fields}))
+    return copy
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_old_names_of_attention_are_understood(folder, tmp_path):
+    copy, new = changed(folder, tmp_path), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = torch.load(copy / "diffusion_pytorch_model.bin")
+    for today, once in new.items():
+        weights = {name.replace(today, once): tensor for name, tensor in weights.items()}
+    assert "mid_block.attentions.0.proj_attn.bias" in weights
+    torch.save(weights, copy / "diffusion_pytorch_model.bin")
+    assert same_weights(UNet.from_pretrained(copy).state_dict(), UNet.from_pretrained(folder).state_dict())
+
+
+def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
+    hub = tmp_path / "hub" / "someone" / "a-model" / "resolve" / "main" / "unet"
+    hub.mkdir(parents=True)
+    for path in folder.iterdir():
+        (hub.parent / "scheduler" if "scheduler" in path.name else hub).mkdir(exist_ok=True)
+        (hub.parent / "scheduler" if "scheduler" in path.name else hub).joinpath(path.name).write_bytes(path.read_bytes())
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "hub"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(pretrained, "HUB", f"http://127.0.0.1:{server.server_address[1]}")
+    model, schedule = load_pretrained("someone/a-model", tmp_path / "data")
+    with pytest.raises(OSError, match="config.json could not be downloaded"):
+        load_pretrained("someone/no-model", tmp_path / "data")
+    server.shutdown()
+    again, _ = load_pretrained("someone/a-model", tmp_path / "data")
+    assert schedule == "cosine" and same_weights(model.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("file, fields, words", [
+    ("config.json", {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768}, '_class_name = "UNet2DConditionModel" is not'),
+    ("config.json", {"cross_attention_dim": 768}, "cross_attention_dim = 768 is not"),
+    ("config.json", {"num_class_embeds": 10}, "num_class_embeds = 10 is not"),
+    ("config.json", {"out_channels": 2}, "out_channels = 2 is not"),
+    ("config.json", {"sample_size": [28, 32]}, r"sample_size = \[28, 32\] is not"),
+    ("config.json", {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, r"up_block_types = \["),
+    ("config.json", {"norm_num_groups": 3}, "config.json: groups = 3 does not divide 8 channels"),
+    ("config.json", {"block_out_channels": [8, 32]}, "do not fit its config.json: size mismatch for"),
+    ("config.json", {"layers_per_block": 2}, "lack 'down_blocks.0.resnets.1.norm1.weight'"),
+    ("config.json", {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}, "have a down_blocks.1.attentions.0"),
+    ("scheduler_config.json", {"prediction_type": "v_prediction"}, 'prediction_type = "v_prediction" is not'),
+    ("scheduler_config.json", {"beta_schedule": "scaled_linear"}, 'beta_schedule = "scaled_linear" is not'),
+    ("scheduler_config.json", {"beta_schedule": "linear", "beta_end": 0.03}, "beta_end = 0.03 is not"),
+])
+def test_what_cannot_be_honoured_is_named(folder, tmp_path, file, fields, words):
+    with pytest.raises(OSError, match=words):
+        load_pretrained(changed(folder, tmp_path, file, **fields))
+
+
+def test_files_that_are_missing_or_damaged(folder, tmp_path):
+    copy = changed(folder, tmp_path)
+    weights = copy / "diffusion_pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(1, f"{weights} is damaged", "train.py", "--init_from", copy, "--out_dir", tmp_path / "run")
+    weights.unlink()
+    with pytest.raises(OSError, match="has neither diffusion_pytorch_model.bin nor|pip install safetensors"):
+        load_pretrained(copy)
+    (copy / "config.json").write_text("[1]")
+    with pytest.raises(OSError, match="config.json is damaged"):
+        load_pretrained(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(OSError, match="config.json does not exist: a model in the diffusers format has one"):
+        load_pretrained(copy)
+    with pytest.raises(OSError, match="nowhere does not exist, and is not the name of a model"):
+        load_pretrained(tmp_path / "nowhere")
+
+
+def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp_path):
+    """With a learning rate that moves nothing, what comes out is what went in."""
+    flags = [*SMALL, "--lr", "1e-30", "--out_dir", tmp_path / "run", "--init_from", folder]
+    printed = run("train.py", *flags, "--max_steps", 2).stdout
+    assert f"{folder} U-Net of 0.02 M parameters" in printed
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
+    assert ckpt["args"]["schedule"] == "cosine" and ckpt["args"]["max_steps"] == 2
+    for weights in (ckpt["model"], ckpt["ema"]):
+        assert same_weights(weights, UNet.from_pretrained(folder).state_dict())
+    run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 3, "--lr", "0.01")
+    moved = torch.load(tmp_path / "run" / "ckpt.pt")
+    assert not same_weights(moved["model"], ckpt["model"])
+    change = [((moved[kind]["conv_in.weight"] - ckpt["ema"]["conv_in.weight"])).norm() for kind in ("model", "ema")]
+    assert change[1] == pytest.approx(0.001 * float(change[0]), rel=0.01)    # the average starts at the model, and is slow at once
+
+    run("sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned", cwd=tmp_path)
+    assert not (tmp_path / "samples.png").exists()
+    assert same_weights(UNet.from_pretrained(tmp_path / "cleaned").state_dict(), moved["ema"])
+    refused(2, "already holds a model", "sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned")
+
+
+def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
+    start = small_run[0] / "ckpt.pt"
+    run("train.py", *SMALL, "--lr", "1e-30", "--max_steps", 1, "--init_from", start, "--out_dir", tmp_path / "run")
+    a, b = torch.load(start), torch.load(tmp_path / "run" / "ckpt.pt")
+    assert same_weights(a["ema"], b["model"]) and b["args"]["schedule"] == "linear"
+    refused(2, "patch = 2, pad = 0", "sample.py", "--ckpt", start, "--save_diffusers", tmp_path / "cleaned")
+    refused(2, "--model tiny cannot go with --init_from", "train.py", "--init_from", start, "--model", "tiny")
+    refused(2, "--schedule cosine is not what", "train.py", "--init_from", start, "--schedule", "cosine")
+    wide = UNet(UNetConfig(3, 32, channels=(8, 16), blocks=1, attention=(), groups=4))
+    save_pretrained(wide, "linear", tmp_path / "wide")
+    refused(2, "is for 32x32 images of 3 channels, mnist has 28x28 of 1", "train.py", "--init_from", tmp_path / "wide", "--out_dir", tmp_path / "no")
+    assert not (tmp_path / "no").exists() and not (tmp_path / "cleaned").exists()
