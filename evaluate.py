@@ -98,28 +98,31 @@ def look(classifier: Classifier, images: torch.Tensor, several: bool = False) ->
     return torch.cat(verdicts), torch.cat(features)
 
 
+def cache_key(data, hflip: bool) -> str:
+    """Changes when the classifier's code or the images and labels that it is trained on do."""
+    key = hashlib.sha256(f"{inspect.getsource(Classifier)}{inspect.getsource(train_classifier)}{hflip}".encode())
+    for array in [data.train_labels, data.train[::1 + data.train.numel() // FITS]]:    # of the very large, a part
+        key.update(f"{array.shape}".encode() + array.numpy().tobytes())
+    return key.hexdigest()
+
+
 def load_classifier(data, hflip: bool, cache: Path, device: torch.device) -> tuple:
     """-> the classifier for this data set, and its accuracy on the test images. From the cache, if that was trained by
     this very code on this very data; otherwise it is trained, which takes minutes, and kept there."""
-    images, labels = data.train, data.train_labels
-    several = labels.ndim == 2
-    key = hashlib.sha256(f"{inspect.getsource(Classifier)}{inspect.getsource(train_classifier)}{hflip}".encode())
-    for array in [labels, images[::1 + images.numel() // FITS]]:    # of the very large, a part
-        key.update(str(array.shape).encode())
-        key.update(array.numpy().tobytes())
+    key, several = cache_key(data, hflip), data.train_labels.ndim == 2
     try:
         kept = torch.load(cache, map_location="cpu", weights_only=True)
-        assert kept["key"] == key.hexdigest()
-        classifier = Classifier(*images.shape[1:3], len(kept["model"]["out.bias"])).eval().requires_grad_(False)
+        assert kept["key"] == key
+        classifier = Classifier(*data.train.shape[1:3], len(kept["model"]["out.bias"])).eval().requires_grad_(False)
         classifier.load_state_dict(kept["model"])
         return classifier.to(device, memory_format=torch.channels_last), kept["accuracy"]
     except Exception:    # nothing there, damaged, or for something else
         print(f"training a classifier to judge by; it is kept in {cache}", file=sys.stderr)
-    classifier = train_classifier(images, labels, hflip, device)
+    classifier = train_classifier(data.train, data.train_labels, hflip, device)
     accuracy = float((look(classifier, data.test, several)[0] == data.test_labels).float().mean())
     try:
         part = cache.with_suffix(f".{os.getpid()}.tmp")
-        torch.save(dict(key=key.hexdigest(), model=classifier.cpu().state_dict(), accuracy=accuracy), part)
+        torch.save(dict(key=key, model=classifier.cpu().state_dict(), accuracy=accuracy), part)
         os.replace(part, cache)
     except (OSError, RuntimeError) as e:
         print(f"{cache} cannot be written, so it will be trained again next time: {e}", file=sys.stderr)
@@ -269,7 +272,8 @@ def main():
         save_grid(framed(images[:100], is_sensitive[:100]), args.out_dir / "evaluation.png")
     except (ValueError, OSError) as e:
         sys.exit(f"evaluate.py: error: {e}")
-    rate, (low, high) = 1 - float(is_sensitive.float().mean()), wilson(int((~is_sensitive).sum()), n)
+    n_normal = int((~is_sensitive).sum())
+    rate, (low, high) = n_normal / n, wilson(n_normal, n)
     false_alarms, misses = float(test_is_sensitive[normal].float().mean()), float((~test_is_sensitive[~normal]).float().mean())
     counts = (verdicts.sum(0) if several else verdicts.bincount(minlength=len(info["classes"]))).tolist()
 
@@ -277,7 +281,7 @@ def main():
           f"for sensitive and {misses:.2%} of the sensitive ones for normal: no rate is known better than that")
     print(f"non-sensitive rate  {rate:.4f}, 95 % interval {low:.4f} to {high:.4f}, of {n:,} images")
     print(f"FID                 {fid:.2f} in {name}-classifier features, not Inception; floor {floor:.2f}, of {len(real):,} real training normals")
-    widest = max(counts)
+    widest = max(counts) or 1
     for i, count in enumerate(counts):
         if not several or count:
             print(f"{info['classes'][i]:>20} {count:6d} {'#' * round(40 * count / widest)}{' sensitive' if i in sensitive else ''}")

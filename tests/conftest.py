@@ -1,4 +1,9 @@
 """What the tests of the scripts share: running one as a user would, and a small real run to look at."""
+import contextlib
+import io
+import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +18,24 @@ def command(script, *flags):
 
 
 def run(script, *flags, check=True, cwd=None):
-    """Runs a script of the project -> its CompletedProcess, with stdout and stderr as text. check: it must succeed."""
-    result = subprocess.run(command(script, *flags), capture_output=True, text=True, timeout=300, cwd=cwd)
-    assert not check or result.returncode == 0, result.stderr
+    """Runs a script of the project -> its CompletedProcess, with stdout and stderr as text. check: it must succeed.
+    In this process, where torch is imported already; an exception that the script does not catch fails the test."""
+    argv, folder, handler = sys.argv, os.getcwd(), signal.getsignal(signal.SIGINT)
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    try:
+        sys.argv = [script, *map(str, flags)]
+        os.chdir(cwd or folder)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as e:    # with a status, or with words for stderr and status 1
+        status = 1 if isinstance(e.code, str) else e.code or 0
+        err.write(e.code if isinstance(e.code, str) else "")
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+        signal.signal(signal.SIGINT, handler)
+    result = subprocess.CompletedProcess(command(script, *flags), status, out.getvalue(), err.getvalue())
+    assert not check or status == 0, result.stderr
     return result
 
 
@@ -37,5 +57,5 @@ SMALL = ["--dataset", "mnist", "--prior", "0.5", "--device", "cpu", "--batch_siz
 def small_run(tmp_path_factory):
     """The main job, 30 steps of it -> (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("run") / "results"
-    result = run("train.py", *SMALL, "--max_steps", 30, "--log_interval", 10, "--sample_interval", 20, "--out_dir", folder)
-    return folder, result.stdout
+    flags = [*SMALL, "--max_steps", 30, "--log_interval", 10, "--sample_interval", 20, "--out_dir", folder]
+    return folder, subprocess.run(command("train.py", *flags), stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 import evaluate
-from evaluate import frechet_distance, framed, load_classifier, look, train_classifier, wilson
+from evaluate import cache_key, frechet_distance, framed, load_classifier, look, train_classifier, wilson
 
 CPU = torch.device("cpu")
 
@@ -20,12 +20,9 @@ def mnist():
     return data.load("mnist")
 
 
-def judge(capsys, monkeypatch, *flags):
-    """The command in this process -> the figures of its last line, and all that it printed."""
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--device", "cpu", *map(str, flags)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    evaluate.main()
-    printed = capsys.readouterr().out
+def judge(*flags):
+    """-> the figures in the command's last line, and all that it printed"""
+    printed = run("evaluate.py", "--device", "cpu", *flags).stdout
     return json.loads(printed.splitlines()[-1]), printed
 
 
@@ -97,9 +94,10 @@ def test_frechet_distance_against_scipy():
 # -----------------------------------------------------------------------------
 # the judge
 
-def test_the_classifier_in_the_repository_belongs_to_this_code_and_is_good(mnist, monkeypatch):
-    monkeypatch.setattr(evaluate, "train_classifier", None)    # not to be called
-    classifier, accuracy = load_classifier(mnist, False, ROOT / "data" / "mnist" / "classifier.pt", CPU)
+def test_the_classifier_in_the_repository_belongs_to_this_code_and_is_good(mnist):
+    cache = ROOT / "data" / "mnist" / "classifier.pt"
+    assert torch.load(cache)["key"] == cache_key(mnist, False), "delete it, and let evaluate.py train it again"
+    classifier, accuracy = load_classifier(mnist, False, cache, CPU)
     verdicts, _ = look(classifier, mnist.test)
     assert accuracy == pytest.approx(float((verdicts == mnist.test_labels).float().mean()), abs=2e-4)
     assert accuracy >= 0.993
@@ -141,19 +139,20 @@ def test_a_classifier_is_trained_kept_and_trained_again_where_the_data_changed(t
 # -----------------------------------------------------------------------------
 # the command
 
-def test_real_images(mnist, tmp_path, capsys, monkeypatch):
+def test_real_images(mnist, tmp_path):
     """Of training images, 1,000 normal ones, 1,000 sensitive ones, and half of each."""
-    odd = mnist.train_labels % 2 == 1
-    normal, sensitive = mnist.train[~odd][-1000:], mnist.train[odd][-1000:]
+    some = torch.randperm(60000, generator=torch.Generator().manual_seed(1))
+    odd = mnist.train_labels[some] % 2 == 1
+    normal, sensitive = mnist.train[some[~odd][:1000]], mnist.train[some[odd][:1000]]
     mix = torch.stack([normal[:500], sensitive[:500]], dim=1).flatten(0, 1)    # alternating
     figures = {}
     for name, images in {"normal": normal, "sensitive": sensitive, "mix": mix}.items():
         folder = write(images, tmp_path / name)
-        figures[name], printed = judge(capsys, monkeypatch, "--images", folder, "--out_dir", tmp_path)
+        figures[name], printed = judge("--images", folder, "--out_dir", tmp_path)
         assert figures[name]["n"] == sum(figures[name]["classes"]) == 1000
     normal, sensitive, mix = figures.values()
     assert normal["rate"] > 0.99 and sensitive["rate"] < 0.01 and abs(mix["rate"] - 0.5) < 0.01
-    assert normal["rate_low"] < normal["rate"] < normal["rate_high"]
+    assert mix["rate_low"] < mix["rate"] < mix["rate_high"] and mix["rate_high"] - mix["rate_low"] < 0.07
     assert 0 < normal["fid"] < 2 * normal["fid_floor"] < mix["fid"] / 5 < sensitive["fid"] / 10
     assert normal["classifier_accuracy"] >= 0.993 and normal["false_alarms"] < 0.01 and normal["misses"] < 0.01
     assert f"non-sensitive rate  {mix['rate']:.4f}, 95 % interval" in printed and "not Inception" in printed
@@ -163,7 +162,7 @@ def test_real_images(mnist, tmp_path, capsys, monkeypatch):
     red = [bool((grid[r * 33, c * 33:][:32] == torch.tensor([255, 0, 0])).all()) for r in range(10) for c in range(10)]
     assert sum(is_red != (i % 2 == 1) for i, is_red in enumerate(red)) <= 2    # the classifier may err
 
-    other, _ = judge(capsys, monkeypatch, "--images", tmp_path / "mix", "--sensitive", "even", "--out_dir", tmp_path)
+    other, _ = judge("--images", tmp_path / "mix", "--sensitive", "even", "--out_dir", tmp_path)
     assert other["rate"] == pytest.approx(1 - mix["rate"])
 
 
@@ -177,23 +176,22 @@ def test_red_frames_land_where_they_belong():
         assert torch.equal(image[:, border], torch.tensor(colour, dtype=torch.uint8)[:, None].expand(3, 32))
 
 
-def test_a_checkpoint_and_the_images_sampled_from_it_are_judged_alike(small_run, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_and_the_images_sampled_from_it_are_judged_alike(small_run, tmp_path):
     flags = ["--n", 9, "--steps", 2, "--batch_size", 4, "--seed", 5]
     shutil.copytree(small_run[0], tmp_path / "run")
     ckpt = tmp_path / "run" / "ckpt.pt"
-    figures, _ = judge(capsys, monkeypatch, "--ckpt", ckpt, *flags)
+    figures, _ = judge("--ckpt", ckpt, *flags)
     assert Image.open(tmp_path / "run" / "evaluation.png").size == (3 * 33 - 1, 3 * 33 - 1)
     assert figures["algorithm"] == "pu" and figures["prior"] == figures["loss_prior"] == 0.5 and figures["train_steps"] == 30
     assert figures["train_seconds"] > 0 and figures["sensitive"] == [1, 3, 5, 7, 9] and figures["n"] == 9
     run("sample.py", "--ckpt", ckpt, *flags, "--device", "cpu", "--out_dir", tmp_path / "pngs")
-    same, _ = judge(capsys, monkeypatch, "--images", tmp_path / "pngs", "--seed", 5, "--out_dir", tmp_path)
+    same, _ = judge("--images", tmp_path / "pngs", "--seed", 5, "--out_dir", tmp_path)
     for key in ["rate", "rate_low", "fid", "fid_floor", "classes"]:
         assert figures[key] == same[key]
 
 
-def test_real_images_are_exported_for_other_tools(mnist, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--export_real", str(tmp_path / "real"), "--sensitive", "even,3,5,7,9"])
-    evaluate.main()
+def test_real_images_are_exported_for_other_tools(mnist, tmp_path):
+    run("evaluate.py", "--export_real", tmp_path / "real", "--sensitive", "even,3,5,7,9")
     ones = evaluate.read_images(tmp_path / "real", 1, 28)
     assert torch.equal(ones, mnist.test[mnist.test_labels == 1])
     refused(2, "already holds PNGs", "evaluate.py", "--export_real", tmp_path / "real")
