@@ -18,17 +18,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "mnist.jsonl"
-STEPS = 2000
+STEPS = 2000    # of every run that does not say otherwise
 
-CASES = {    # every row of the first table is one of these with an algorithm
-    "half of U odd": "--prior 0.5",
-    "1 in 11 of U odd": "--prior 1/11",
-    "half of U even": "--prior 0.5 --sensitive even",
-}
+
+def folder(flags: str) -> str:
+    return "out/table/" + flags.replace("--", "").replace("/", "_").replace(" ", "-")
+
+
+BEFORE, PU = "--prior 0.5 --algorithm unsupervised", "--prior 0.5 --algorithm pu"
+CLEAN = f"--prior 0.5 --init_from {folder(BEFORE)}/ckpt.pt --lr 1e-3 --warmup_steps 50 --max_steps"
 ALGORITHMS = ["unsupervised", "supervised", "pu", "oracle"]
-RUNS = [f"{flags} --algorithm {algorithm}" for flags in CASES.values() for algorithm in ALGORITHMS]
-SEEDS = [f"--prior 0.5 --algorithm {algorithm} --seed {seed}" for seed in [1, 2] for algorithm in ["unsupervised", "pu"]]
-SWEEP = [f"--prior 0.1 --algorithm pu --loss_prior {guess}" for guess in [0.02, 0.05, 0.1, 0.2, 0.4]]
+TABLES = {    # title: rows of a name and the flags of train.py
+    "odd digits are sensitive, half of U": [(name, f"--prior 0.5 --algorithm {name}") for name in ALGORITHMS] + [("pu, 4000 steps", f"{PU} --max_steps 4000")],
+    "odd digits are sensitive, 1 in 11 of U": [(name, f"--prior 1/11 --algorithm {name}") for name in ALGORITHMS],
+    "even digits are sensitive, half of U": [(name, f"--prior 0.5 --sensitive even --algorithm {name}") for name in ALGORITHMS],
+    "a model that was trained unsupervised": [("before", BEFORE), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
+                                              ("pu from scratch, 2000 steps", PU)],
+    "the prior is 0.1, the loss assumes another": [(f"{guess}", f"--prior 0.1 --algorithm pu --loss_prior {guess}") for guess in [0.02, 0.05, 0.1, 0.2, 0.4]],
+}
+SEEDS = {name: [f"--prior 0.5 --algorithm {name}{seed}" for seed in ["", " --seed 1", " --seed 2"]] for name in ["unsupervised", "pu"]}
 
 
 def results() -> dict:
@@ -38,14 +46,14 @@ def results() -> dict:
 
 
 def train_and_evaluate(flags: str, threads: int):
-    out_dir = ROOT / "out" / "table" / flags.replace("--", "").replace("/", "_").replace(" ", "-")
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    resume = ["--resume"] * (out_dir / "ckpt.pt").exists()
-    train = [sys.executable, ROOT / "train.py", "--max_steps", str(STEPS), "--out_dir", out_dir, *flags.split(), *resume]
-    subprocess.run(train, check=True, env=env, stdout=subprocess.DEVNULL)
-    said = subprocess.run([sys.executable, ROOT / "evaluate.py", "--ckpt", out_dir / "ckpt.pt"], check=True, env=env, capture_output=True, text=True)
+    out_dir, env = folder(flags), {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    resume = ["--resume"] * (ROOT / out_dir / "ckpt.pt").exists()
+    train = [sys.executable, "train.py", "--max_steps", str(STEPS), *flags.split(), "--out_dir", out_dir, *resume]
+    subprocess.run(train, check=True, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+    evaluate = [sys.executable, "evaluate.py", "--ckpt", f"{out_dir}/ckpt.pt"]
+    figures = json.loads(subprocess.run(evaluate, check=True, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     with RESULTS.open("a") as file:
-        file.write(json.dumps({"flags": flags, **json.loads(said.stdout.splitlines()[-1])}) + "\n")
+        file.write(json.dumps({"flags": flags, **figures}) + "\n")
     print(f"{flags}: done", file=sys.stderr, flush=True)
 
 
@@ -53,31 +61,25 @@ def row(*cells) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def interval(r: dict) -> str:
-    return f"{r['rate']:.3f} ({r['rate_low']:.3f} to {r['rate_high']:.3f})"
-
-
 def tables() -> str:
-    """The README's tables, of all runs that are in results/mnist.jsonl."""
-    found = results()
-    lines = [row("U", "flags of `train.py`", "non-sensitive rate", "FID", "FID floor", "minutes"), row(*["---"] * 6)]
-    for case, flags in CASES.items():
-        for run in [f"{flags} --algorithm {algorithm}" for algorithm in ALGORITHMS]:
-            if r := found.get(run):
-                lines.append(row(case, f"`{run}`", interval(r), f"{r['fid']:.2f}", f"{r['fid_floor']:.2f}", f"{r['train_seconds'] / 60:.0f}"))
-    lines += ["", row("flags of `train.py`", "seed 0", "seed 1", "seed 2", "mean", "standard deviation"), row(*["---"] * 6)]
-    for algorithm in ["unsupervised", "pu"]:
-        flags = f"--prior 0.5 --algorithm {algorithm}"
-        seeds = [found.get(run) for run in [flags, f"{flags} --seed 1", f"{flags} --seed 2"]]
-        if all(seeds):
-            for key, name, digits in [("rate", "rate", 3), ("fid", "FID", 2)]:
-                values = [r[key] for r in seeds]
-                lines.append(row(f"`{flags}`: {name}", *[f"{v:.{digits}f}" for v in [*values, statistics.mean(values), statistics.stdev(values)]]))
-    lines += ["", row("true prior 0.1, `--loss_prior`", "non-sensitive rate", "FID"), row(*["---"] * 3)]
-    for run in SWEEP:
-        if r := found.get(run):
-            lines.append(row(run.split()[-1], interval(r), f"{r['fid']:.2f}"))
-    return "\n".join(lines)
+    """All tables, without the runs that results/mnist.jsonl does not hold."""
+    found, lines = results(), []
+    for title, rows in TABLES.items():
+        if any(flags in found for _, flags in rows):
+            lines += ["", row(title, "non-sensitive rate (95 %)", "FID", "floor", "minutes", "`python train.py`"), row(*["---"] * 6)]
+        for name, flags in rows:
+            if r := found.get(flags):
+                rate = f"{r['rate']:.3f} ({r['rate_low']:.3f} to {r['rate_high']:.3f})"
+                steps = "" if "--max_steps" in flags else f" --max_steps {STEPS}"
+                lines.append(row(name, rate, f"{r['fid']:.1f}", f"{r['fid_floor']:.1f}", f"{r['train_seconds'] / 60:.0f}", f"`{flags}{steps}`"))
+    lines.append("")
+    for name, runs in SEEDS.items():
+        if all(flags in found for flags in runs):
+            lines.append(f"* {name}, half of U odd, seeds 0, 1 and 2: " + "; ".join(
+                f"{title} {', '.join(f'{found[flags][key]:.{digits}f}' for flags in runs)} "
+                f"(standard deviation {statistics.stdev(found[flags][key] for flags in runs):.{digits}f})"
+                for title, key, digits in [("rate", "rate", 3), ("FID", "fid", 1)]))
+    return "\n".join(lines).strip()
 
 
 if __name__ == "__main__":
@@ -86,7 +88,9 @@ if __name__ == "__main__":
     parser.add_argument("--print", action="store_true", help="train nothing")
     args = parser.parse_args()
     if not args.print:
-        missing = [run for run in RUNS + SEEDS + SWEEP if run not in results()]
+        runs = dict.fromkeys([flags for rows in TABLES.values() for _, flags in rows] + sum(SEEDS.values(), []))
+        missing = [flags for flags in runs if flags not in results()]
+        missing.sort(key=lambda flags: "--init_from" in flags)    # after what they start from
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda run: train_and_evaluate(run, max(1, os.cpu_count() // args.jobs)), missing))
+            list(pool.map(lambda flags: train_and_evaluate(flags, max(1, os.cpu_count() // args.jobs)), missing))
     print(tables())

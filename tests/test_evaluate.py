@@ -222,3 +222,10 @@ def test_bad_command_lines(small_run, tmp_path):
     refused(2, "--steps 1001 is more than", "evaluate.py", "--ckpt", ckpt, "--steps", 1001)
     refused(2, "--n: 0 is not a positive", "evaluate.py", "--ckpt", ckpt, "--n", 0)
     refused(1, "does not exist", "evaluate.py", "--ckpt", tmp_path / "ckpt.pt")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    """Each line that results/table.py prints stands in the README."""
+    tables = run("results/table.py", "--print").stdout
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert "| pu |" in tables and [line for line in tables.splitlines() if line not in readme] == []
