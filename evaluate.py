@@ -24,13 +24,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import DATA_DIR, DATASETS, FITS, has_class, load, parse_classes, positive, save_grid, save_png, to_uint8
+from data import DATA_DIR, DATASETS, FITS, decode, has_class, load, parse_classes, positive, save_grid, save_png, to_uint8
 from diffusion import GaussianDiffusion
 from unet import UNet, find_device, read_checkpoint
 
@@ -39,12 +38,13 @@ from unet import UNet, find_device, read_checkpoint
 
 
 class Classifier(nn.Module):
-    """A convolution a resolution, halved down to 3x3 or so, then 128 features. BatchNorm gives each feature a variance
-    near 1 before its ReLU, so that FID does not depend on how large the network happens to make them."""
+    """A convolution a resolution, halved down to 3x3 or so, then 128 features; images above 64x64 are averaged down to that.
+    BatchNorm gives each feature a variance near 1 before its ReLU, so that FID does not depend on how large the network
+    happens to make them."""
 
     def __init__(self, image_channels: int, image_size: int, n_classes: int):
         super().__init__()
-        layers, c, width, size = [], image_channels, 32, image_size
+        layers, c, width, size = [], image_channels, 32, min(image_size, 64)
         while size > 4:
             layers += [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
             c, width, size = width, min(2 * width, 128), size // 2
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         """x [B, C, H, W] in [-1, 1] -> logits [B, K], features [B, 128]"""
-        features = self.features(x)
+        features = self.features(F.interpolate(x, (64, 64), mode="area") if x.shape[-1] > 64 else x)
         return self.out(features), features
 
 
@@ -91,7 +91,7 @@ def look(classifier: Classifier, images: torch.Tensor, several: bool = False) ->
     their features [N, 128] in float64, both on the CPU."""
     device, verdicts, features = next(classifier.parameters()).device, [], []
     with torch.no_grad():
-        for batch in images.split(500):
+        for batch in images.split(1 + 2 ** 22 // images[0].numel()):
             logits, feature = classifier(batch.to(device).float() / 127.5 - 1)
             verdicts.append((logits > 0 if several else logits.argmax(1)).cpu())
             features.append(feature.cpu().double())
@@ -112,7 +112,8 @@ def load_classifier(data, hflip: bool, cache: Path, device: torch.device) -> tup
     key, several = cache_key(data, hflip), data.train_labels.ndim == 2
     try:
         kept = torch.load(cache, map_location="cpu", weights_only=True)
-        assert kept["key"] == key
+        if kept["key"] != key:
+            raise ValueError("trained by other code or on other data")
         classifier = Classifier(*data.train.shape[1:3], len(kept["model"]["out.bias"])).eval().requires_grad_(False)
         classifier.load_state_dict(kept["model"])
         return classifier.to(device, memory_format=torch.channels_last), kept["accuracy"]
@@ -120,12 +121,14 @@ def load_classifier(data, hflip: bool, cache: Path, device: torch.device) -> tup
         print(f"training a classifier to judge by; it is kept in {cache}", file=sys.stderr)
     classifier = train_classifier(data.train, data.train_labels, hflip, device)
     accuracy = float((look(classifier, data.test, several)[0] == data.test_labels).float().mean())
+    part = cache.with_suffix(f".{os.getpid()}.tmp")
     try:
-        part = cache.with_suffix(f".{os.getpid()}.tmp")
         torch.save(dict(key=key, model=classifier.cpu().state_dict(), accuracy=accuracy), part)
         os.replace(part, cache)
     except (OSError, RuntimeError) as e:
         print(f"{cache} cannot be written, so it will be trained again next time: {e}", file=sys.stderr)
+    finally:
+        part.unlink(missing_ok=True)
     return classifier.to(device), accuracy
 
 
@@ -170,13 +173,13 @@ def read_images(folder: Path, image_channels: int, image_size: int) -> torch.Ten
     for path in paths:
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(image.convert("L" if image_channels == 1 else "RGB"))
+                width, height = image.size
+            images.append(torch.from_numpy(decode(path, image_size, image_channels).copy()))
         except Exception as e:    # Pillow raises whatever its readers do
             raise OSError(f"{path} cannot be read as an image ({type(e).__name__}): remove or replace it") from None
-        if pixels.shape[:2] != (image_size, image_size):
-            raise OSError(f"{path} has {pixels.shape[1]}x{pixels.shape[0]} pixels, the data set has {image_size}x{image_size}: "
-                          f"give the --dataset that the images are like, or resize them")
-        images.append(torch.from_numpy(pixels.copy()).view(image_size, image_size, image_channels).permute(2, 0, 1))
+        if (width, height) != (image_size, image_size):
+            raise OSError(f"{path} has {width}x{height} pixels, the data set has {image_size}x{image_size}: "
+                          f"give the --dataset (celeba: and --image_size) that the images are like, or resize them")
     return torch.stack(images)
 
 
@@ -193,6 +196,8 @@ def main():
     flag("--export_real", type=Path, help="folder to write the real test normals to, as PNGs, for any FID tool")
     flag("--dataset", choices=[name for name in DATASETS if name != "folder"], help="(default: the checkpoint's, or mnist)")
     flag("--data_dir", type=Path, default=DATA_DIR, help="folder that holds mnist/ and the others (default: data/ beside this file)")
+    flag("--image_size", type=positive, help="pixels, for celeba (default: the checkpoint's, or 256)")
+    flag("--channels", type=int, choices=[1, 3], help="grey or colour, for celeba (default: the checkpoint's, or 3)")
     flag("--sensitive", help="classes or groups, with commas (default: the checkpoint's, or the data set's)")
     flag("--n", type=positive, default=5000, help="number of images to sample (default: 5000)")
     flag("--steps", type=positive, default=20, help="network evaluations an image, 1 to 1000 (default: 20)")
@@ -229,11 +234,17 @@ def main():
         sensitive = parse_classes(name, args.sensitive or run.get("sensitive") or info["sensitive"])
         args.out_dir = args.out_dir or (args.ckpt.parent if args.ckpt else Path())
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        data = load(name, args.data_dir, run.get("image_size"), run.get("channels"))
+        data = load(name, args.data_dir, args.image_size or run.get("image_size"), args.channels or run.get("channels"))
         normal = ~has_class(data.test_labels, sensitive)
+        if normal.sum() < 2:
+            parser.error(f"--sensitive {args.sensitive} leaves fewer than two normal test images to compare with")
+        if args.n < 2:
+            parser.error("--n must be at least 2: FID needs a covariance")
         shape = data.train.shape[1:]
         if args.images:
             images = read_images(args.images, shape[0], shape[1])
+            if len(images) < 2:
+                raise OSError(f"{args.images} holds one PNG: FID needs at least two images")
         if args.export_real:
             args.export_real.mkdir(parents=True, exist_ok=True)
             if any(args.export_real.glob("*.png")):
@@ -243,7 +254,8 @@ def main():
             print(f"{int(normal.sum())} real test normals: {args.export_real}")
         if not (args.ckpt or args.images):
             return
-        classifier, accuracy = load_classifier(data, info["hflip"], args.data_dir / name / "classifier.pt", device)
+        cache = args.data_dir / name / f"classifier_{shape[1]}x{shape[0]}.pt"
+        classifier, accuracy = load_classifier(data, info["hflip"], cache, device)
     except ValueError as e:
         parser.error(e)
     except OSError as e:
@@ -267,17 +279,13 @@ def main():
     real = shuffled[~has_class(data.train_labels[shuffled], sensitive)][:n]
     _, real_features = look(classifier, data.train[real], several)
     is_sensitive, test_is_sensitive = has_class(verdicts, sensitive), has_class(test_verdicts, sensitive)
-    try:
-        fid, floor = (frechet_distance(x, test_features[normal]) for x in (features, real_features))
-        save_grid(framed(images[:100], is_sensitive[:100]), args.out_dir / "evaluation.png")
-    except (ValueError, OSError) as e:
-        sys.exit(f"evaluate.py: error: {e}")
+    fid, floor = (frechet_distance(x, test_features[normal]) for x in (features, real_features))
     n_normal = int((~is_sensitive).sum())
     rate, (low, high) = n_normal / n, wilson(n_normal, n)
     false_alarms, misses = float(test_is_sensitive[normal].float().mean()), float((~test_is_sensitive[~normal]).float().mean())
     counts = (verdicts.sum(0) if several else verdicts.bincount(minlength=len(info["classes"]))).tolist()
 
-    print(f"judged by a classifier that is right on {accuracy:.2%} of {name}'s test images, takes {false_alarms:.2%} of the normal ones "
+    print(f"judged by a classifier that is right on {accuracy:.2%} of {name}'s test {'labels' if several else 'images'}, takes {false_alarms:.2%} of the normal ones "
           f"for sensitive and {misses:.2%} of the sensitive ones for normal: no rate is known better than that")
     print(f"non-sensitive rate  {rate:.4f}, 95 % interval {low:.4f} to {high:.4f}, of {n:,} images")
     print(f"FID                 {fid:.2f} in {name}-classifier features, not Inception; floor {floor:.2f}, of {len(real):,} real training normals")
@@ -285,7 +293,11 @@ def main():
     for i, count in enumerate(counts):
         if not several or count:
             print(f"{info['classes'][i]:>20} {count:6d} {'#' * round(40 * count / widest)}{' sensitive' if i in sensitive else ''}")
-    print(f"{args.out_dir / 'evaluation.png'}: the first {min(n, 100)}, those judged sensitive framed in red")
+    try:
+        save_grid(framed(images[:100], is_sensitive[:100]), args.out_dir / "evaluation.png")
+        print(f"{args.out_dir / 'evaluation.png'}: the first {min(n, 100)}, those judged sensitive framed in red")
+    except OSError as e:
+        sys.exit(f"evaluate.py: error: {e}")
     trained = {key: run.get(key) for key in ["algorithm", "prior", "loss_prior", "n_labeled", "model", "init_from"]}
     trained |= {"train_seed": run.get("seed"), "train_steps": ckpt.get("step"), "train_seconds": ckpt.get("seconds")} if run else {}
     print(json.dumps(dict(dataset=name, sensitive=sensitive, **trained, n=n, sampler=args.sampler if run else None,

@@ -70,7 +70,7 @@ def load_pretrained(folder_or_name, data_dir: Path = DATA_DIR) -> tuple:
     diffusion that is not ours, naming the field."""
     folder = Path(folder_or_name)
     if not folder.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_name)):
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder_or_name)):
             raise FileNotFoundError(f"{folder} does not exist, and is not the name of a model on the hub either")
         folder = fetch_pretrained(str(folder_or_name), Path(data_dir))
     inner = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
@@ -99,13 +99,22 @@ def fetch_pretrained(name: str, data_dir: Path) -> Path:
         if not (folder / file).exists():
             fetch([f"{HUB}/{name}/resolve/main/{path}" for path in (file, f"{inner}/{file}")], folder / file, lambda part: None)
 
-    get("config.json", "unet")
+    try:
+        get("config.json", "unet")
+    except OSError as e:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise OSError(f"{name} is neither a folder here nor a model that could be fetched from the hub: {e}") from None
     get("scheduler_config.json", "scheduler")
+    read_config(folder / "config.json"), read_schedule(folder / "scheduler_config.json")    # before the gigabytes
     if not (folder / "diffusion_pytorch_model.safetensors").exists():
         try:
             get("diffusion_pytorch_model.bin", "unet")
-        except OSError:
-            get("diffusion_pytorch_model.safetensors", "unet")
+        except OSError as e:
+            try:
+                get("diffusion_pytorch_model.safetensors", "unet")
+            except OSError as e2:
+                raise OSError(f"{e}; {e2}") from None
     return folder
 
 
@@ -140,20 +149,20 @@ def read_config(path: Path) -> UNetConfig:
         if unknown or name in REQUIRED and value != REQUIRED[name]:
             raise refusal(path, found, name)
     c = {**DEFAULTS, **found}
-    attention = tuple(i for i, kind in enumerate(c["down_block_types"]) if kind == "AttnDownBlock2D")
-    config = UNetConfig(c["in_channels"], c["sample_size"], tuple(c["block_out_channels"]), c["layers_per_block"], attention,
-                        c["attention_head_dim"] or 0, c["norm_num_groups"], c["dropout"], norm_eps=c["norm_eps"],
-                        downsample_padding=c["downsample_padding"], flip_sin_to_cos=c["flip_sin_to_cos"], freq_shift=c["freq_shift"])
-    mirrored = describe(config)
-    for name in ["down_block_types", "up_block_types", "out_channels"]:
-        if c[name] != mirrored[name]:
-            raise refusal(path, c, name)
     if not isinstance(c["sample_size"], int):
         raise refusal(path, c, "sample_size")
     try:
+        attention = tuple(i for i, kind in enumerate(c["down_block_types"]) if kind == "AttnDownBlock2D")
+        config = UNetConfig(c["in_channels"], c["sample_size"], tuple(c["block_out_channels"]), c["layers_per_block"], attention,
+                            c["attention_head_dim"] or 0, c["norm_num_groups"], c["dropout"], norm_eps=c["norm_eps"],
+                            downsample_padding=c["downsample_padding"], flip_sin_to_cos=c["flip_sin_to_cos"], freq_shift=c["freq_shift"])
         check(config)
-    except ValueError as e:
-        raise OSError(f"{path}: {e}") from None
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as e:
+        raise OSError(f"{path} makes no sense: {e}") from None
+    ours = describe(config)
+    for name in ["down_block_types", "up_block_types", "out_channels"]:
+        if c[name] != ours[name]:
+            raise refusal(path, c, name)
     return config
 
 
@@ -192,7 +201,7 @@ def describe(config: UNetConfig) -> dict:
 
 def save_pretrained(model: UNet, schedule: str, folder: Path):
     """Writes a folder that DDPMPipeline.from_pretrained reads, and load_pretrained. schedule: "linear" or "cosine".
-    Raises ValueError for what that library's U-Net does not have."""
+    Raises ValueError for what that library's U-Net does not have, OSError where the folder cannot be written."""
     if model.config.patch > 1 or model.config.pad:
         raise ValueError(f"the diffusers format has no words for patch = {model.config.patch}, pad = {model.config.pad} in this model's config: "
                          f"only for 1 and 0")
@@ -203,6 +212,9 @@ def save_pretrained(model: UNet, schedule: str, folder: Path):
     scheduler = dict(SCHEDULER, _class_name="DDPMScheduler", beta_schedule={ours: theirs for theirs, ours in SCHEDULES.items()}[schedule])
     index = dict(_class_name="DDPMPipeline", unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDPMScheduler"])
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    except RuntimeError as e:    # a full disk, to torch.save
+        raise OSError(f"{folder} cannot be written: {str(e).splitlines()[0]}") from None
     for file, content in [("config.json", describe(model.config)), ("scheduler_config.json", scheduler), ("model_index.json", index)]:
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
-    torch.save(weights, folder / "diffusion_pytorch_model.bin")

@@ -50,13 +50,6 @@ try:
     diffusion = GaussianDiffusion(1000, ckpt["args"]["schedule"]).to(device)
     if args.steps > diffusion.T:
         parser.error(f"--steps {args.steps} is more than the {diffusion.T} timesteps of the diffusion")
-    if args.save_diffusers:
-        if (args.save_diffusers / "config.json").exists():
-            parser.error(f"--save_diffusers {args.save_diffusers} already holds a model: name another folder")
-        save_pretrained(model, diffusion.schedule, args.save_diffusers)
-        print(f"the model, in the diffusers format: {args.save_diffusers}")
-        if not (args.grid or args.out_dir):
-            sys.exit()
     if args.out_dir:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         if any(args.out_dir.glob("*.png")):
@@ -69,6 +62,13 @@ try:
         args.grid.open("ab").close()    # better to fail now than after the sampling
         if new:
             args.grid.unlink()
+    if args.save_diffusers:
+        if args.save_diffusers.is_dir() and any(args.save_diffusers.iterdir()):
+            parser.error(f"--save_diffusers {args.save_diffusers} is not empty: name another folder")
+        save_pretrained(model, diffusion.schedule, args.save_diffusers)
+        print(f"the model, in the diffusers format: {args.save_diffusers}")
+        if not (args.grid or args.out_dir):
+            sys.exit()
 except ValueError as e:
     parser.error(e)
 except OSError as e:

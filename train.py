@@ -57,7 +57,7 @@ flag("--schedule", choices=["linear", "cosine"], help="noise schedule (default: 
 flag("--model", choices=list(PRESETS), help="network (default: tiny for digits and clothes, paper for photographs)")
 flag("--batch_size", type=positive, help="images a step, from U and S together (default: 128; stl10: 32, celeba: 16)")
 flag("--sensitive_share", type=fraction, default=0.5, help="share of each batch that pu draws from S, at most 0.5 (default: 0.5)")
-flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper, 20 times U with --init_from)")
+flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper, the size of U times 20 / --batch_size with --init_from)")
 flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper and with --init_from)")
 flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")
 flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
@@ -97,7 +97,7 @@ elif ckpt_path.exists():
 
 if args.init_from and args.model:
     parser.error(f"--model {args.model} cannot go with --init_from, which brings its own network")
-info = {name: value for name, value in DATASETS[args.dataset].items() if not (args.init_from and name == "model")}
+info = {name: value for name, value in DATASETS[args.dataset].items() if not (args.init_from and name in ("model", "image_size", "channels"))}
 RECIPES = {"tiny": dict(lr=2e-3, warmup_steps=200, max_steps=4000), "paper": dict(lr=1e-4, warmup_steps=500, max_steps=20000),
            "init_from": dict(lr=1e-4, warmup_steps=500)}    # its max_steps depend on the size of U
 recipe = "init_from" if args.init_from else args.model or info["model"]
@@ -136,17 +136,29 @@ torch.manual_seed(args.seed)
 # -----------------------------------------------------------------------------
 # the data: U and S live on the device as bytes, or in a memory-mapped file where they are too large
 
+def check_size(config, channels, size):
+    if (config.image_channels, config.image_size) != (channels, size):
+        parser.error(f"--init_from {args.init_from} is for {config.image_size}x{config.image_size} images of {config.image_channels} channels, "
+                     f"{args.dataset} has {size}x{size} of {channels}")
+
 try:
     initial, schedule = None, "linear"
     if args.init_from and not ckpt:
         if Path(args.init_from).is_file():
             first = read_checkpoint(args.init_from)
-            initial, schedule = UNet.from_checkpoint(first).train().requires_grad_(True), first["args"]["schedule"]
+            try:
+                initial, schedule = UNet.from_checkpoint(first).train().requires_grad_(True), first["args"]["schedule"]
+            except OSError as e:
+                fail(f"--init_from {args.init_from}: {e}")
         else:
-            initial, schedule = load_pretrained(args.init_from, args.data_dir)
+            initial, schedule = load_pretrained(args.init_from, DATA_DIR if args.dataset == "folder" else args.data_dir)
+        if args.dataset in ("folder", "celeba"):
+            args.image_size = args.image_size or initial.config.image_size
+            args.channels = args.channels or initial.config.image_channels
+            check_size(initial.config, args.channels, args.image_size)    # better to fail now than after the decoding
         if args.schedule not in (None, schedule):
             parser.error(f"--schedule {args.schedule} is not what {args.init_from} was trained with, {schedule}")
-    elif args.image_size and not ckpt:    # better to fail now than after the decoding
+    elif args.image_size and not ckpt:
         check(preset(args.model, args.channels, args.image_size))
     args.schedule = args.schedule or schedule
     data = load(args.dataset, args.data_dir, args.image_size, args.channels)
@@ -156,9 +168,7 @@ try:
         u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
     channels, size = data.train.shape[1:3]
     config = UNetConfig(**ckpt["config"]) if ckpt else initial.config if initial else preset(args.model, channels, size)
-    if (config.image_channels, config.image_size) != (channels, size):
-        parser.error(f"--init_from {args.init_from} is for {config.image_size}x{config.image_size} images of {config.image_channels} channels, "
-                     f"{args.dataset} has {size}x{size} of {channels}")
+    check_size(config, channels, size)
     model = (initial or UNet(config)).to(device, memory_format=torch.channels_last)
 except ValueError as e:
     parser.error(e)
@@ -213,7 +223,7 @@ if ckpt:
     ema.load_state_dict(ckpt["ema"])
     optimizer.load_state_dict(ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"])
-    step, sums, counted, seconds = ckpt["step"], ckpt["sums"].to(device), ckpt["counted"], ckpt["seconds"]
+    step, sums, counted, seconds = ckpt["step"], ckpt["sums"].to(device), ckpt["counted"], ckpt.get("seconds", 0.0)
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type in ckpt["rng"] and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(ckpt["rng"][device.type])

@@ -56,7 +56,8 @@ def preset(name: str, image_channels: int, image_size: int) -> UNetConfig:
 
 
 def timestep_embedding(t, dim, freq_shift=1, flip_sin_to_cos=False):
-    """t [B] -> [B, dim]: sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000 (as in DDPM's code)."""
+    """t [B] -> [B, dim]: sines, then cosines, of t at dim/2 frequencies from 1 down to 1/10000 (as in DDPM's code), or
+    to a little above that at freq_shift 0; flip_sin_to_cos: cosines first."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - freq_shift))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()], dim=1)

@@ -45,11 +45,17 @@ def results() -> dict:
     return {figures.pop("flags"): figures for figures in map(json.loads, lines)}
 
 
+def train(flags: str, env: dict):
+    resume = ["--resume"] * (ROOT / folder(flags) / "ckpt.pt").exists()
+    command = [sys.executable, "train.py", "--max_steps", str(STEPS), *flags.split(), "--out_dir", folder(flags), *resume]
+    subprocess.run(command, check=True, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
 def train_and_evaluate(flags: str, threads: int):
     out_dir, env = folder(flags), {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    resume = ["--resume"] * (ROOT / out_dir / "ckpt.pt").exists()
-    train = [sys.executable, "train.py", "--max_steps", str(STEPS), *flags.split(), "--out_dir", out_dir, *resume]
-    subprocess.run(train, check=True, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+    if "--init_from" in flags:
+        train(BEFORE, env)
+    train(flags, env)
     evaluate = [sys.executable, "evaluate.py", "--ckpt", f"{out_dir}/ckpt.pt"]
     figures = json.loads(subprocess.run(evaluate, check=True, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     with RESULTS.open("a") as file:
@@ -84,13 +90,17 @@ def tables() -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--print", action="store_true", help="train nothing")
     args = parser.parse_args()
     if not args.print:
         runs = dict.fromkeys([flags for rows in TABLES.values() for _, flags in rows] + sum(SEEDS.values(), []))
         missing = [flags for flags in runs if flags not in results()]
-        missing.sort(key=lambda flags: "--init_from" in flags)    # after what they start from
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda flags: train_and_evaluate(flags, max(1, os.cpu_count() // args.jobs)), missing))
+        threads = max(1, os.cpu_count() // args.jobs)
+        try:
+            for later in [False, True]:    # what starts from another run comes later, one at a time
+                with ThreadPoolExecutor(1 if later else args.jobs) as pool:
+                    list(pool.map(lambda flags: train_and_evaluate(flags, threads), [f for f in missing if ("--init_from" in f) == later]))
+        except subprocess.CalledProcessError as e:
+            sys.exit(f"results/table.py: error: {' '.join(map(str, e.cmd))} failed with status {e.returncode}: see above")
     print(tables())

@@ -95,7 +95,7 @@ def test_frechet_distance_against_scipy():
 # the judge
 
 def test_the_classifier_in_the_repository_belongs_to_this_code_and_is_good(mnist):
-    cache = ROOT / "data" / "mnist" / "classifier.pt"
+    cache = ROOT / "data" / "mnist" / "classifier_28x1.pt"
     assert torch.load(cache)["key"] == cache_key(mnist, False), "delete it, and let evaluate.py train it again"
     classifier, accuracy = load_classifier(mnist, False, cache, CPU)
     verdicts, _ = look(classifier, mnist.test)
@@ -166,6 +166,19 @@ def test_real_images(mnist, tmp_path):
     assert other["rate"] == pytest.approx(1 - mix["rate"])
 
 
+def test_images_with_several_labels(tmp_path, monkeypatch):
+    toys = toy(several=True)
+    monkeypatch.setattr(data, "load", lambda *_: toys)
+    write(toys.test, tmp_path / "pngs")
+    (tmp_path / "celeba").mkdir()
+    figures, printed = judge("--images", tmp_path / "pngs", "--dataset", "celeba", "--sensitive", "arched_eyebrows",    # class 1
+                             "--data_dir", tmp_path, "--out_dir", tmp_path)
+    truth = toys.test_labels.float().mean(0)
+    assert figures["rate"] == pytest.approx(1 - float(truth[1]), abs=0.02) and figures["sensitive"] == [1]
+    assert [n / 200 for n in figures["classes"]] == pytest.approx(truth.tolist(), abs=0.02)
+    assert figures["misses"] < 0.03 and figures["false_alarms"] < 0.03 and (tmp_path / "celeba" / "classifier_8x1.pt").exists()
+
+
 def test_red_frames_land_where_they_belong():
     images = torch.arange(3 * 4, dtype=torch.uint8).view(3, 1, 2, 2)
     out = framed(images, torch.tensor([True, False, True]))
@@ -212,6 +225,8 @@ def test_images_that_cannot_be_judged(mnist, tmp_path):
     write(mnist.test[:1], tmp_path / "one")
     refused(1, "at least two images", "evaluate.py", "--images", tmp_path / "one", "--out_dir", tmp_path)
     assert not (tmp_path / "evaluation.png").exists()
+    Image.fromarray(np.full((28, 28), 32896, np.uint16)).save(tmp_path / "one" / "00000.png")    # 128, in 16 bits
+    assert (evaluate.read_images(tmp_path / "one", 1, 28) == 128).all()
 
 
 def test_bad_command_lines(small_run, tmp_path):
@@ -221,6 +236,7 @@ def test_bad_command_lines(small_run, tmp_path):
     refused(2, "is not what", "evaluate.py", "--ckpt", ckpt, "--dataset", "cifar10")
     refused(2, "--steps 1001 is more than", "evaluate.py", "--ckpt", ckpt, "--steps", 1001)
     refused(2, "--n: 0 is not a positive", "evaluate.py", "--ckpt", ckpt, "--n", 0)
+    refused(2, "--n must be at least 2", "evaluate.py", "--ckpt", ckpt, "--n", 1)
     refused(1, "does not exist", "evaluate.py", "--ckpt", tmp_path / "ckpt.pt")
 
 

@@ -138,8 +138,9 @@ def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(pretrained, "HUB", f"http://127.0.0.1:{server.server_address[1]}")
     model, schedule = load_pretrained("someone/a-model", tmp_path / "data")
-    with pytest.raises(OSError, match="config.json could not be downloaded"):
+    with pytest.raises(OSError, match="someone/no-model is neither a folder here nor a model"):
         load_pretrained("someone/no-model", tmp_path / "data")
+    assert not (tmp_path / "data" / "someone" / "no-model").exists()
     server.shutdown()
     again, _ = load_pretrained("someone/a-model", tmp_path / "data")
     assert schedule == "cosine" and same_weights(model.state_dict(), again.state_dict())
@@ -152,8 +153,9 @@ def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
     ("config.json", {"out_channels": 2}, "out_channels = 2 is not"),
     ("config.json", {"sample_size": [28, 32]}, r"sample_size = \[28, 32\] is not"),
     ("config.json", {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, r"up_block_types = \["),
-    ("config.json", {"norm_num_groups": 3}, "config.json: groups = 3 does not divide 8 channels"),
+    ("config.json", {"norm_num_groups": 3}, "config.json makes no sense: groups = 3 does not divide 8 channels"),
     ("config.json", {"block_out_channels": [8, 32]}, "do not fit its config.json: size mismatch for"),
+    ("config.json", {"layers_per_block": None}, "config.json makes no sense"),
     ("config.json", {"layers_per_block": 2}, "lack 'down_blocks.0.resnets.1.norm1.weight'"),
     ("config.json", {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}, "have a down_blocks.1.attentions.0"),
     ("scheduler_config.json", {"prediction_type": "v_prediction"}, 'prediction_type = "v_prediction" is not'),
@@ -201,7 +203,7 @@ def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp
     run("sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned", cwd=tmp_path)
     assert not (tmp_path / "samples.png").exists()
     assert same_weights(UNet.from_pretrained(tmp_path / "cleaned").state_dict(), moved["ema"])
-    refused(2, "already holds a model", "sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned")
+    refused(2, "is not empty", "sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned")
 
 
 def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
@@ -216,3 +218,8 @@ def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
     save_pretrained(wide, "linear", tmp_path / "wide")
     refused(2, "is for 32x32 images of 3 channels, mnist has 28x28 of 1", "train.py", "--init_from", tmp_path / "wide", "--out_dir", tmp_path / "no")
     assert not (tmp_path / "no").exists() and not (tmp_path / "cleaned").exists()
+    (tmp_path / "mine" / "unlabeled").mkdir(parents=True)
+    (tmp_path / "mine" / "sensitive").mkdir()
+    refused(2, "is for 32x32 images of 3 channels, folder has 64x64", "train.py", "--init_from", tmp_path / "wide", "--dataset", "folder",
+            "--data_dir", tmp_path / "mine", "--image_size", 64, "--prior", "0.1")
+    refused(1, "holds no images", "train.py", "--init_from", tmp_path / "wide", "--dataset", "folder", "--data_dir", tmp_path / "mine")
