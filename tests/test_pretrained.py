@@ -222,4 +222,3 @@ def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
     (tmp_path / "mine" / "sensitive").mkdir()
     refused(2, "is for 32x32 images of 3 channels, folder has 64x64", "train.py", "--init_from", tmp_path / "wide", "--dataset", "folder",
             "--data_dir", tmp_path / "mine", "--image_size", 64, "--prior", "0.1")
-    refused(1, "holds no images", "train.py", "--init_from", tmp_path / "wide", "--dataset", "folder", "--data_dir", tmp_path / "mine")
