@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 class Downsample(nn.Conv2d):
     """[B, C, H, W] -> [B, C, H/2, W/2]; without padding, a border right and below only, as DDPM's "SAME" convolution has."""
-    def __init__(self, c, padding):
+    def __init__(self, c, padding=0):
         super().__init__(c, c, 3, stride=2, padding=padding)
 
     def forward(self, x):
