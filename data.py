@@ -452,6 +452,13 @@ def save_png(image: torch.Tensor, path: Path):
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, format="PNG")
 
 
+def no_pngs(folder: Path, flag: str):
+    """Makes a folder for PNGs. Raises ValueError where it holds some already, OSError where it cannot be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.png")):
+        raise ValueError(f"{flag} {folder} already holds PNGs, which would mix with these: name an empty folder")
+
+
 def grid(images: torch.Tensor) -> torch.Tensor:
     """images [N, C, H, W] uint8 -> one image [C, ...] of about as many rows as columns, a pixel of white between them."""
     columns = math.ceil(math.sqrt(len(images)))
@@ -473,6 +480,13 @@ def positive(text: str) -> int:
     """A whole number above 0, for argparse."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that torch's generators take, for argparse."""
+    if abs(int(text)) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
     return int(text)
 
 

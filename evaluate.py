@@ -25,13 +25,14 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import DATA_DIR, DATASETS, FITS, decode, has_class, load, parse_classes, positive, save_grid, save_png, to_uint8
-from diffusion import GaussianDiffusion
-from unet import UNet, find_device, read_checkpoint
+from data import DATA_DIR, DATASETS, FITS, decode, has_class, load, no_pngs, parse_classes, positive, save_grid, save_png
+from sample import draw, open_model, sampling_flags
+from unet import find_device, first_rank_first, ranks
 
 # -----------------------------------------------------------------------------
 # the judge
@@ -199,79 +200,63 @@ def main():
     flag("--image_size", type=positive, help="pixels, for celeba (default: the checkpoint's, or 256)")
     flag("--channels", type=int, choices=[1, 3], help="grey or colour, for celeba (default: the checkpoint's, or 3)")
     flag("--sensitive", help="classes or groups, with commas (default: the checkpoint's, or the data set's)")
-    flag("--n", type=positive, default=5000, help="number of images to sample (default: 5000)")
-    flag("--steps", type=positive, default=20, help="network evaluations an image, 1 to 1000 (default: 20)")
-    flag("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"], help="ddpm wants 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
-    flag("--seed", type=int, default=0, help="of all noise (default: 0)")
-    flag("--batch_size", type=positive, default=250, help="images at a time (default: 250)")
-    flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     flag("--out_dir", type=Path, help="where evaluation.png goes, the first 100 images, sensitive ones framed "
                                       "(default: the checkpoint's folder, or the current one)")
+    sampling_flags(parser)
+    parser.set_defaults(n=5000)
     args = parser.parse_args()
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\nevaluate.py: interrupted"))
     if args.ckpt and args.images or not (args.ckpt or args.images or args.export_real):
         parser.error("give --ckpt or --images (one of them), or --export_real")
-    if abs(args.seed) >= 2 ** 63:
-        parser.error("--seed must fit in 64 bits")
+    if args.n < 2:
+        parser.error("--n must be at least 2: FID needs a covariance")
 
     # what was trained, and the data set
     try:
+        if args.export_real:
+            no_pngs(args.export_real, "--export_real")    # before the ranks meet, so that none has written yet
         device = find_device(args.device)
+        rank, world = ranks()
         run = {}
         if args.ckpt:
-            ckpt = read_checkpoint(args.ckpt)
+            ckpt, model, diffusion = open_model(args, device)
             run = ckpt["args"]
             if args.dataset not in (None, run["dataset"]):
                 parser.error(f"--dataset {args.dataset} is not what {args.ckpt} was trained on, {run['dataset']}")
             if run["dataset"] == "folder":
                 parser.error("a folder has no labels to judge by: use sample.py --out_dir and an FID tool")
-            model = UNet.from_checkpoint(ckpt).to(device, memory_format=torch.channels_last)
-            diffusion = GaussianDiffusion(1000, run["schedule"]).to(device)
-            if args.steps > diffusion.T:
-                parser.error(f"--steps {args.steps} is more than the {diffusion.T} timesteps of the diffusion")
         name = args.dataset or run.get("dataset", "mnist")
         info = DATASETS[name]
         sensitive = parse_classes(name, args.sensitive or run.get("sensitive") or info["sensitive"])
         args.out_dir = args.out_dir or (args.ckpt.parent if args.ckpt else Path())
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        data = load(name, args.data_dir, args.image_size or run.get("image_size"), args.channels or run.get("channels"))
+        with first_rank_first():
+            data = load(name, args.data_dir, args.image_size or run.get("image_size"), args.channels or run.get("channels"))
         normal = ~has_class(data.test_labels, sensitive)
         if normal.sum() < 2:
             parser.error(f"--sensitive {args.sensitive} leaves fewer than two normal test images to compare with")
-        if args.n < 2:
-            parser.error("--n must be at least 2: FID needs a covariance")
         shape = data.train.shape[1:]
         if args.images:
             images = read_images(args.images, shape[0], shape[1])
             if len(images) < 2:
                 raise OSError(f"{args.images} holds one PNG: FID needs at least two images")
-        if args.export_real:
-            args.export_real.mkdir(parents=True, exist_ok=True)
-            if any(args.export_real.glob("*.png")):
-                parser.error(f"--export_real {args.export_real} already holds PNGs, which would mix with these: name an empty folder")
+        if args.export_real and rank == 0:
             for i, image in enumerate(data.test[normal]):
                 save_png(image, args.export_real / f"{i:05d}.png")
             print(f"{int(normal.sum())} real test normals: {args.export_real}")
-        if not (args.ckpt or args.images):
-            return
-        cache = args.data_dir / name / f"classifier_{shape[1]}x{shape[0]}.pt"
-        classifier, accuracy = load_classifier(data, info["hflip"], cache, device)
     except ValueError as e:
         parser.error(e)
     except OSError as e:
         sys.exit(f"evaluate.py: error: {e}")
 
-    # the images
+    # the images, which all ranks draw, and the verdict, which the first gives
     if args.ckpt:
-        generator, batches = torch.Generator(device).manual_seed(args.seed), []
-        for first in range(0, args.n, args.batch_size):    # as sample.py does: the same flags, the same images
-            n = min(args.batch_size, args.n - first)
-            batches.append(to_uint8(diffusion.sample(model, (n, *shape), args.steps, args.sampler, generator=generator)).cpu())
-            if sys.stderr.isatty():
-                print(f"\r{first + n} of {args.n} images", end="" if first + n < args.n else "\n", file=sys.stderr)
-        images = torch.cat(batches)
-
-    # the verdict
+        images = draw(args, model, diffusion)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank or not (args.ckpt or args.images):
+        return
+    classifier, accuracy = load_classifier(data, info["hflip"], args.data_dir / name / f"classifier_{shape[1]}x{shape[0]}.pt", device)
     several, n = data.test_labels.ndim == 2, len(images)
     verdicts, features = look(classifier, images, several)
     test_verdicts, test_features = look(classifier, data.test, several)

@@ -30,18 +30,22 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x < LOG2, (-torch.expm1(-x)).log(), torch.log1p(-torch.exp(-x.clamp(min=LOG2))))
 
 
-def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction: str = "abs") -> torch.Tensor:
+def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction: str = "abs",
+            whole: torch.Tensor = None) -> torch.Tensor:
     """The risk of Takahashi et al. loss_u [B_u], loss_s [B_s]: per-image losses of unlabeled and of labeled sensitive
     images; prior: the fraction of sensitive images in U, in (0, 1); correction: "abs", "nn" or "none".
+    whole: where these images are one of several equal parts of a batch, E_U[l] - prior E_S[l] of the whole batch. Its
+    sign decides for every part, and the mean of the parts' risks, and of their gradients, is that of the whole.
     -> scalar. Raises ValueError for an unknown correction or a prior outside (0, 1)."""
     if not 0 < prior < 1:
         raise ValueError(f"prior must lie strictly between 0 and 1, not {prior}")
     sensitive = prior * -log1mexp(loss_s).mean()
     normal = loss_u.mean() - prior * loss_s.mean()    # estimates (1 - prior) E_N[l]
+    whole = normal if whole is None else whole
     if correction == "abs":
-        return sensitive + normal.abs()
+        return sensitive + torch.where(whole < 0, -normal, normal)
     if correction == "nn":
-        return torch.where(normal < 0, -normal, sensitive + normal)
+        return torch.where(whole < 0, -normal, sensitive + normal)
     if correction == "none":
         return sensitive + normal
     raise ValueError(f"unknown correction {correction!r}: choose abs, nn or none")

@@ -4,9 +4,10 @@ Images from a checkpoint of train.py: a grid to look at, or a folder of PNGs for
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 64 --grid samples.png
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 5000 --out_dir samples/
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 64 --sampler ddpm --steps 1000 --grid slow.png
+    torchrun --standalone --nproc_per_node=8 -- sample.py --ckpt out/cifar10-pu-0.1/ckpt.pt --n 50000 --out_dir samples/
     python sample.py --ckpt out/cifar10-pu-0.1/ckpt.pt --save_diffusers cleaned/     # the model itself, for other libraries
 
-The same seed, --n and --batch_size give the same images.
+The same seed, --n and --batch_size give the same images, on one GPU or on many.
 """
 import argparse
 import signal
@@ -14,80 +15,121 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from data import save_grid, save_png, to_uint8
+from data import no_pngs, positive, save_grid, save_png, seed, to_uint8
 from diffusion import GaussianDiffusion
 from pretrained import save_pretrained
-from unet import UNet, find_device, read_checkpoint
+from unet import UNet, compiled, default_dtype, find_device, ranks, read_checkpoint
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 usage="python sample.py --ckpt CKPT [--flag value ...]")
-flag = parser.add_argument
-flag("--ckpt", type=Path, required=True, help="the ckpt.pt that train.py wrote; its averaged weights are used")
-flag("--n", type=int, default=64, help="number of images (default: 64)")
-flag("--steps", type=int, default=20, help="network evaluations an image, 1 to 1000 (default: 20)")
-flag("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"], help="ddpm wants 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
-flag("--seed", type=int, default=0, help="of all noise (default: 0)")
-flag("--batch_size", type=int, default=250, help="images at a time (default: 250)")
-flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-flag("--grid", type=Path, help="PNG to write all images to, side by side (default: samples.png, unless another result is asked for)")
-flag("--out_dir", type=Path, help="folder to write 00000.png, 00001.png, ... to")
-flag("--save_diffusers", type=Path, help="folder to write the model to, in the diffusers format; samples only if --grid or --out_dir is given too")
-args = parser.parse_args()
 
-for name in ["n", "steps", "batch_size"]:
-    if getattr(args, name) < 1:
-        parser.error(f"--{name} must be a positive number")
-if abs(args.seed) >= 2 ** 63:
-    parser.error("--seed must fit in 64 bits")
-if not (args.grid or args.out_dir or args.save_diffusers):
-    args.grid = Path("samples.png")
+def sampling_flags(parser):
+    """Adds the flags that open_model and draw read."""
+    flag = parser.add_argument
+    flag("--n", type=positive, help="number of images")
+    flag("--steps", type=positive, default=20, help="network evaluations an image, 1 to 1000 (default: 20)")
+    flag("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"], help="ddpm wants 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
+    flag("--seed", type=seed, default=0, help="of all noise (default: 0)")
+    flag("--batch_size", type=positive, default=250, help="images at a time (default: 250)")
+    flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the network (default: bfloat16 or float16 on cuda, else float32)")
+    flag("--compile", action="store_true", help="torch.compile the network, which takes a minute or so: for many images or steps")
 
-try:
-    device = find_device(args.device)
+
+def open_model(args, device: torch.device) -> tuple:
+    """-> the checkpoint in args.ckpt, its network and its diffusion, on the device. Raises OSError where it cannot be read,
+    ValueError where args.steps are too many."""
     ckpt = read_checkpoint(args.ckpt)
     model = UNet.from_checkpoint(ckpt).to(device, memory_format=torch.channels_last)
     diffusion = GaussianDiffusion(1000, ckpt["args"]["schedule"]).to(device)
     if args.steps > diffusion.T:
-        parser.error(f"--steps {args.steps} is more than the {diffusion.T} timesteps of the diffusion")
-    if args.out_dir:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        if any(args.out_dir.glob("*.png")):
-            parser.error(f"--out_dir {args.out_dir} already holds PNGs, which would mix with these: name an empty folder")
-    if args.grid:
-        if args.grid.suffix.lower() != ".png":    # such as the checkpoint's own name
-            parser.error(f"--grid {args.grid} must end in .png")
-        new = not args.grid.exists()
-        args.grid.parent.mkdir(parents=True, exist_ok=True)
-        args.grid.open("ab").close()    # better to fail now than after the sampling
-        if new:
-            args.grid.unlink()
-    if args.save_diffusers:
-        if args.save_diffusers.is_dir() and any(args.save_diffusers.iterdir()):
-            parser.error(f"--save_diffusers {args.save_diffusers} is not empty: name another folder")
-        save_pretrained(model, diffusion.schedule, args.save_diffusers)
-        print(f"the model, in the diffusers format: {args.save_diffusers}")
-        if not (args.grid or args.out_dir):
-            sys.exit()
-except ValueError as e:
-    parser.error(e)
-except OSError as e:
-    sys.exit(f"sample.py: error: {e}")
+        raise ValueError(f"--steps {args.steps} is more than the {diffusion.T} timesteps of the diffusion")
+    return ckpt, model, diffusion
 
-signal.signal(signal.SIGINT, lambda *_: sys.exit("\nsample.py: interrupted"))
-generator = torch.Generator(device).manual_seed(args.seed)
-batches = []
-for first in range(0, args.n, args.batch_size):
-    n = min(args.batch_size, args.n - first)
-    shape = (n, model.config.image_channels, model.config.image_size, model.config.image_size)
-    x = diffusion.sample(model, shape, args.steps, args.sampler, generator=generator, progress=sys.stderr.isatty())
-    batches.append(to_uint8(x).cpu())
-    if args.out_dir:
-        for i, image in enumerate(batches[-1], start=first):
-            save_png(image, args.out_dir / f"{i:05d}.png")
-    if sys.stderr.isatty():
-        print(f"{first + n} of {args.n} images", file=sys.stderr)
 
-if args.grid:
-    save_grid(torch.cat(batches), args.grid)
-print(f"{args.n} images by {args.steps} steps of {args.sampler}: {', '.join(str(p) for p in [args.grid, args.out_dir] if p)}")
+def draw(args, model: UNet, diffusion: GaussianDiffusion, out_dir: Path = None) -> torch.Tensor:
+    """-> args.n images [N, C, H, W] uint8, on the CPU; each also goes to a PNG in out_dir, if given. Ranks share the work,
+    and only the first gets the images; the others get None."""
+    device, (rank, world), config = diffusion.signal.device, ranks(), model.config
+    dtype = args.dtype or default_dtype(device)
+    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    size = (config.image_channels, config.image_size, config.image_size)
+    generator, batches = torch.Generator(device).manual_seed(args.seed), {}
+    with torch.no_grad(), autocast:
+        if args.compile:
+            x, t = (torch.zeros(min(args.n, args.batch_size), *shape, device=device) for shape in [size, ()])
+            model = compiled(model, lambda fast: fast(x, t.long()))
+        for first in range(0, args.n, args.batch_size):
+            n = min(args.batch_size, args.n - first)
+            mine = first // args.batch_size % world == rank
+            # another rank's batch is drawn by a network that costs nothing: this takes the same noise from the generator
+            x = diffusion.sample(model if mine else lambda x, t: x, (n, *size), args.steps, args.sampler,
+                                 generator=generator, progress=mine and sys.stderr.isatty())
+            if not mine:
+                continue
+            batches[first] = to_uint8(x).cpu()
+            for i, image in enumerate(batches[first] if out_dir else [], start=first):
+                save_png(image, out_dir / f"{i:05d}.png")
+            if sys.stderr.isatty():
+                print(f"{first + n} of {args.n} images", file=sys.stderr)
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, batches)
+        batches = {first: batch for part in everyone for first, batch in part.items()}
+    return torch.cat([batches[first] for first in sorted(batches)]) if rank == 0 else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python sample.py --ckpt CKPT [--flag value ...]")
+    flag = parser.add_argument
+    flag("--ckpt", type=Path, required=True, help="the ckpt.pt that train.py wrote; its averaged weights are used")
+    flag("--grid", type=Path, help="PNG to write all images to, side by side (default: samples.png, unless another result is asked for)")
+    flag("--out_dir", type=Path, help="folder to write 00000.png, 00001.png, ... to")
+    flag("--save_diffusers", type=Path, help="folder to write the model to, in the diffusers format; samples only if --grid or --out_dir is given too")
+    sampling_flags(parser)
+    parser.set_defaults(n=64)
+    args = parser.parse_args()
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("\nsample.py: interrupted"))
+    if not (args.grid or args.out_dir or args.save_diffusers):
+        args.grid = Path("samples.png")
+
+    try:
+        if args.out_dir:
+            no_pngs(args.out_dir, "--out_dir")    # before the ranks meet, so that none has written yet
+        device = find_device(args.device)
+        ckpt, model, diffusion = open_model(args, device)
+        rank, world = ranks()
+        if args.grid and rank == 0:
+            if args.grid.suffix.lower() != ".png":    # such as the checkpoint's own name
+                parser.error(f"--grid {args.grid} must end in .png")
+            new = not args.grid.exists()
+            args.grid.parent.mkdir(parents=True, exist_ok=True)
+            args.grid.open("ab").close()    # better to fail now than after the sampling
+            if new:
+                args.grid.unlink(missing_ok=True)
+        if args.save_diffusers and rank == 0:
+            if args.save_diffusers.is_dir() and any(args.save_diffusers.iterdir()):
+                parser.error(f"--save_diffusers {args.save_diffusers} is not empty: name another folder")
+            save_pretrained(model, diffusion.schedule, args.save_diffusers)
+            print(f"the model, in the diffusers format: {args.save_diffusers}")
+    except ValueError as e:
+        parser.error(e)
+    except OSError as e:
+        sys.exit(f"sample.py: error: {e}")
+
+    try:
+        if args.grid or args.out_dir:
+            images = draw(args, model, diffusion, args.out_dir)
+            if rank == 0:
+                if args.grid:
+                    save_grid(images, args.grid)
+                print(f"{args.n} images by {args.steps} steps of {args.sampler}: {', '.join(str(p) for p in [args.grid, args.out_dir] if p)}")
+    except OSError as e:
+        sys.exit(f"sample.py: error: {e}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

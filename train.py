@@ -6,8 +6,9 @@ Train a diffusion model on unlabeled images, some of which must not be generated
     python train.py --dataset mnist --prior 1/11 --sensitive 4,7         # other forbidden classes, 10 normal to 1 sensitive
     python train.py --dataset mnist --prior 0.5 --algorithm unsupervised # what happens without the method
     python train.py --dataset cifar10 --prior 1/11 --init_from google/ddpm-cifar10-32    # clean a model that exists
+    torchrun --standalone --nproc_per_node=8 train.py --model paper      # the same training on 8 GPUs, or on CPU cores
 
-One CPU or one GPU, whatever is there. Everything lands in --out_dir: ckpt.pt, log.csv, and a grid of samples now and then.
+A CPU or a GPU, whatever is there. Everything lands in --out_dir: ckpt.pt, log.csv, and a grid of samples now and then.
 """
 import argparse
 import copy
@@ -22,12 +23,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from data import DATA_DIR, DATASETS, FITS, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
+from data import DATA_DIR, DATASETS, FITS, fraction, has_class, load, parse_classes, positive, save_grid, seed, split, to_uint8
 from diffusion import GaussianDiffusion
 from pretrained import load_pretrained
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
-from unet import PRESETS, UNet, UNetConfig, check, find_device, preset, read_checkpoint
+from unet import PRESETS, UNet, UNetConfig, check, compiled, default_dtype, find_device, first_rank_first, preset, ranks, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # the command line
@@ -56,13 +58,15 @@ flag("--init_from", help="start from this model, not from random weights: a ckpt
 flag("--schedule", choices=["linear", "cosine"], help="noise schedule (default: linear, or that of --init_from)")
 flag("--model", choices=list(PRESETS), help="network (default: tiny for digits and clothes, paper for photographs)")
 flag("--batch_size", type=positive, help="images a step, from U and S together (default: 128; stl10: 32, celeba: 16)")
+flag("--grad_accum", type=positive, default=1,
+     help="rounds in which each step goes through its batch, for batches that do not fit into memory at once (default: 1)")
 flag("--sensitive_share", type=fraction, default=0.5, help="share of each batch that pu draws from S, at most 0.5 (default: 0.5)")
 flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper, the size of U times 20 / --batch_size with --init_from)")
 flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper and with --init_from)")
 flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")
 flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
 flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
-flag("--seed", type=int, default=0, help="of the split, the initial weights and the noise (default: 0)")
+flag("--seed", type=seed, default=0, help="of the split, the initial weights and the noise (default: 0)")
 flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
 flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 or float16 on cuda, else float32)")
 flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on cuda only)")
@@ -71,7 +75,7 @@ flag("--sample_interval", type=positive, default=500, help="steps between two sa
 flag("--out_dir", type=Path, help="where all results go (default: out/DATASET-ALGORITHM-PRIOR)")
 flag("--resume", action="store_true", help="go on from the checkpoint in --out_dir, with the flags it was started with")
 
-MAY_CHANGE = {"lr", "device", "compile", "log_interval", "sample_interval", "max_steps", "data_dir", "out_dir", "resume"}
+MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval", "max_steps", "data_dir", "out_dir", "resume"}
 
 def fail(error):
     """The world is not as it should be: exit status 1. (A wish that cannot be granted is parser.error's: 2.)"""
@@ -112,8 +116,6 @@ for name in ["lr", "grad_clip"]:
         parser.error(f"--{name} must be a positive number")
 if args.algorithm == "oracle" and args.dataset == "folder":
     parser.error("--algorithm oracle needs the labels of U, which a folder does not have")
-if abs(args.seed) >= 2 ** 63:
-    parser.error("--seed must fit in 64 bits")
 if args.warmup_steps < 0 or not 0 <= args.ema_decay < 1:
     parser.error("--warmup_steps must not be negative, and --ema_decay must be at least 0 and below 1")
 
@@ -124,8 +126,10 @@ try:
     device = find_device(args.device)
 except ValueError as e:
     parser.error(e)
-if args.dtype is None:
-    args.dtype = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+rank, world = ranks()
+if rank:    # the first speaks, and writes, for all
+    sys.stdout = open(os.devnull, "w")
+args.dtype = args.dtype or default_dtype(device)
 if args.compile is None:
     args.compile = device.type == "cuda" and find_spec("triton") is not None    # not on Windows
 if device.type == "cuda":
@@ -151,7 +155,8 @@ try:
             except OSError as e:
                 fail(f"--init_from {args.init_from}: {e}")
         else:
-            initial, schedule = load_pretrained(args.init_from, DATA_DIR if args.dataset == "folder" else args.data_dir)
+            with first_rank_first():
+                initial, schedule = load_pretrained(args.init_from, DATA_DIR if args.dataset == "folder" else args.data_dir)
         if args.dataset in ("folder", "celeba"):
             args.image_size = args.image_size or initial.config.image_size
             args.channels = args.channels or initial.config.image_channels
@@ -161,7 +166,8 @@ try:
     elif args.image_size and not ckpt:
         check(preset(args.model, args.channels, args.image_size))
     args.schedule = args.schedule or schedule
-    data = load(args.dataset, args.data_dir, args.image_size, args.channels)
+    with first_rank_first():
+        data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     args.loss_prior = args.loss_prior or args.prior
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
     if args.algorithm == "oracle":
@@ -183,38 +189,58 @@ if (len(u) + len(s)) * images[0].numel() <= FITS:
     images = torch.cat([images[u], images[s]]).to(device)
     u, s = torch.arange(len(u), device=device), torch.arange(len(u), len(images), device=device)
 
-# each step draws a fixed number of each
+# each step draws a fixed number of each, and every rank and round gets as many as any other
+parts = world * args.grad_accum
+if args.batch_size % parts:
+    parser.error(f"--batch_size {args.batch_size} cannot be divided evenly among {world} ranks with {args.grad_accum} rounds each (--grad_accum)")
 share = {"pu": args.sensitive_share, "supervised": len(s) / (len(u) + len(s)), "unsupervised": 0, "oracle": 0}[args.algorithm]
-n_s = min(round(share * args.batch_size), args.batch_size // 2)
+n_s = parts * min(round(share * args.batch_size / parts), args.batch_size // parts // 2)
 n_u = args.batch_size - n_s
 if share and n_s == 0:
-    parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S")
+    parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S" + f" in each of {parts} parts" * (parts > 1))
 
 # -----------------------------------------------------------------------------
 # the model, its moving average, the loss and the optimizer
 
 ema = copy.deepcopy(model).eval().requires_grad_(False)
+net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 diffusion = GaussianDiffusion(1000, args.schedule).to(device)
 fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **fused)
 scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+corrects = args.algorithm == "pu" and args.correction != "none"
+plus = torch.ones((), device=device)    # a difference that needs no correction
 
-def loss_fn(x_0, t, eps):
-    """-> the risk, and [risk, mean l on U, mean l on S, was it corrected?] for the log"""
+def over_ranks(x):
+    """-> the mean over the ranks"""
+    if world > 1:
+        dist.all_reduce(x := x.clone())
+    return x / world
+
+def loss_fn(x_0, t, eps, whole=None):
+    """One part of a batch -> its risk, and [risk, mean l on U, mean l on S, was it corrected?] for the log.
+    whole: E_U[l] - prior E_S[l] of the whole batch, or anything of its sign; by default the parts of all ranks are it."""
     with autocast:
-        loss_u, loss_s = diffusion.per_image_loss(model, x_0, t, eps).split([n_u, n_s])
+        loss_u, loss_s = diffusion.per_image_loss(net, x_0, t, eps).split([n_u // parts, n_s // parts])
+    mean_u, mean_s = loss_u.mean(), loss_s.mean()
+    if whole is None:
+        whole = over_ranks((mean_u - args.loss_prior * mean_s).detach())
     if args.algorithm == "pu":
-        risk = pu_loss(loss_u, loss_s, args.loss_prior, args.correction)
+        risk = pu_loss(loss_u, loss_s, args.loss_prior, args.correction, whole)
     elif args.algorithm == "supervised":
         risk = supervised_loss(loss_u, loss_s)
     else:
         risk = unsupervised_loss(loss_u)
-    mean_u, mean_s = loss_u.mean(), loss_s.mean()
-    corrected = (mean_u < args.loss_prior * mean_s) & (args.algorithm == "pu" and args.correction != "none")
-    return risk, torch.stack([risk, mean_u, mean_s, corrected]).detach()
+    return risk, torch.stack([risk, mean_u, mean_s, (whole < 0) & corrects]).detach()
 
 if args.compile:
-    loss_fn = torch.compile(loss_fn)
+    black, eps = (torch.zeros(args.batch_size // parts, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
+                  for _ in range(2))
+    trial = (black, torch.zeros(len(eps), dtype=torch.long, device=device), eps, plus if args.grad_accum > 1 else None)
+    eager = loss_fn
+    loss_fn = compiled(eager, lambda fast: fast(*trial)[0].backward())
+    args.compile = loss_fn is not eager
+    optimizer.zero_grad()
 
 step, sums, counted = 0, torch.zeros(4, device=device), 0    # sums of loss_fn's figures since the last log line
 seconds = 0.0    # trained before this start
@@ -248,12 +274,9 @@ def save_checkpoint():
     except (OSError, RuntimeError) as e:    # RuntimeError: a full disk, to torch.save
         fail(f"{ckpt_path} cannot be written at step {step} ({str(e).splitlines()[0]}); {where_it_stands()}")
 
-def save_samples():
+def save_samples(path):
     generator = torch.Generator(device).manual_seed(args.seed)    # its own: sampling does not disturb training
-    shape = (64, config.image_channels, config.image_size, config.image_size)
-    path = args.out_dir / f"samples_{step:06d}.png"
-    save_grid(to_uint8(diffusion.sample(ema, shape, generator=generator)), path)
-    return path
+    save_grid(to_uint8(diffusion.sample(ema, (64, channels, size, size), generator=generator)), path)
 
 log_path = args.out_dir / "log.csv"
 columns = ["step", "risk", "loss_u", "loss_s", "corrected", "lr", "images_per_second", "seconds"]
@@ -262,7 +285,7 @@ try:
     args.out_dir.mkdir(parents=True, exist_ok=True)
     if ckpt and log_path.exists():    # what was logged after the checkpoint will be logged again
         rows = [row for row in csv.reader(log_path.open()) if row and row[0].isdecimal() and int(row[0]) <= step]
-    log_file = log_path.open("w", newline="")
+    log_file = open(os.devnull if rank else log_path, "w", newline="")
 except OSError as e:
     fail(f"--out_dir {args.out_dir} cannot be written: {e}")
 log = csv.writer(log_file)
@@ -274,7 +297,8 @@ log_file.flush()
 
 n_params = sum(p.numel() for p in model.parameters())
 print(f"{args.dataset}: U has {len(u):,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {len(s):,}")
-print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step")
+print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step"
+      + f", in {parts} parts: {world} ranks, {args.grad_accum} rounds each" * (parts > 1))
 print(f"{args.model or args.init_from} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
       f"{'compiled' if args.compile else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
 
@@ -285,6 +309,25 @@ def check_finite():
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; {where_it_stands()}"))
 
+def gradients(index, mirror, t, eps, whole=None):
+    """Adds up the gradients of this rank's parts of a batch, and by DDP averages them over the ranks.
+    -> the means of loss_fn's figures over these parts"""
+    total = torch.zeros_like(sums)
+    for part in range(rank, parts, world):    # every parts-th image of U, and of S, which are its pairs
+        index_i, mirror_i, t_i, eps_i = (torch.cat([x[part:n_u:parts], x[n_u + part::parts]]) for x in [index, mirror, t, eps])
+        x_0 = images[index_i]
+        if device.type == "cuda" and x_0.device != device:
+            x_0 = x_0.pin_memory()
+        x_0 = x_0.to(device, non_blocking=True).float() / 127.5 - 1
+        x_0 = x_0.contiguous(memory_format=torch.channels_last)    # [B / parts, C, H, W] in [-1, 1]
+        if args.hflip:
+            x_0 = torch.where(mirror_i, x_0.flip(3), x_0)
+        net.require_backward_grad_sync = part + world >= parts    # for DDP: only after the last of them
+        risk, figures = loss_fn(x_0, t_i, eps_i.contiguous(memory_format=torch.channels_last), whole)
+        scaler.scale(risk / args.grad_accum).backward()
+        total += figures / args.grad_accum
+    return total
+
 start, mark, first_step = time.time(), time.time(), step
 while step < args.max_steps:
     # one lr for this step: linear warm-up, then a cosine down to 0
@@ -293,21 +336,22 @@ while step < args.max_steps:
     for group in optimizer.param_groups:
         group["lr"] = lr
 
-    x_0 = images[torch.cat([index[torch.randint(len(index), (n,), device=index.device)] for index, n in [(u, n_u), (s, n_s)]])]
-    if device.type == "cuda" and x_0.device != device:
-        x_0 = x_0.pin_memory()
-    x_0 = x_0.to(device, non_blocking=True).float() / 127.5 - 1
-    x_0 = x_0.contiguous(memory_format=torch.channels_last)    # [B, C, H, W] in [-1, 1]
-    if args.hflip:
-        x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
+    # the whole batch, which all ranks draw alike: image numbers of U and of S, what to mirror, timesteps, noise
+    index = torch.cat([index[torch.randint(len(index), (n,), device=index.device)] for index, n in [(u, n_u), (s, n_s)]])
+    mirror = torch.rand(args.batch_size, 1, 1, 1, device=device) < 0.5 if args.hflip else torch.zeros(args.batch_size)
     # timesteps one golden ratio apart are spread evenly over [0, T), and so are the first few of them
     t = (diffusion.T * ((torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)) % 1)).long()
-    eps = torch.randn_like(x_0[:n_u])
+    eps = torch.randn(n_u, channels, size, size, device=device)
     if n_s:    # image i of S has the timestep and noise of image i of U: the difference of their losses is less noisy
         t, eps = torch.cat([t, t[:n_s]]), torch.cat([eps, eps[:n_s]])
 
-    risk, figures = loss_fn(x_0, t, eps)
-    scaler.scale(risk).backward()
+    if args.grad_accum == 1:
+        figures = gradients(index, mirror, t, eps)
+    else:    # take the difference for positive, and where the whole batch disagrees, do it again
+        figures = gradients(index, mirror, t, eps, plus)
+        if corrects and over_ranks(figures[1] - args.loss_prior * figures[2]) < 0:
+            optimizer.zero_grad()
+            figures = gradients(index, mirror, t, eps, -plus)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     scaler.step(optimizer)
@@ -320,6 +364,8 @@ while step < args.max_steps:
     counted += 1
     step += 1
 
+    if step % args.log_interval == 0 or step % args.sample_interval == 0 or step == args.max_steps:
+        sums = over_ranks(sums)
     if step % args.log_interval == 0 or step == args.max_steps:
         check_finite()
         risk, loss_u, loss_s, corrected = (sums / counted).tolist()
@@ -334,8 +380,10 @@ while step < args.max_steps:
     if step % args.sample_interval == 0 or step == args.max_steps:
         pause = time.time()
         check_finite()
-        save_checkpoint()
-        samples_path = save_samples()
+        samples_path = args.out_dir / f"samples_{step:06d}.png"
+        if rank == 0:
+            save_checkpoint()
+            save_samples(samples_path)
         mark += time.time() - pause
 
 # -----------------------------------------------------------------------------
@@ -349,3 +397,5 @@ print(f"trained for {minutes:.1f} minutes; the checkpoint is {ckpt_path}, the lo
 print(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
 if args.dataset != "folder":
     print(f"to judge it: python evaluate.py --ckpt {ckpt_path}")
+if world > 1:
+    dist.destroy_process_group()

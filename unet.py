@@ -8,9 +8,12 @@ Residual blocks with GroupNorm and SiLU, self-attention at the levels that ask f
 a strided convolution down, nearest-neighbour upsampling up, and a skip connection from every block on the way down.
 """
 import math
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -239,16 +242,57 @@ def check(config):
 
 
 def find_device(name: str = None) -> torch.device:
-    """The device of that name, or the best there is: cuda, else mps, else cpu. Raises ValueError where it cannot be had."""
+    """The device of that name, or the best there is: cuda, else mps, else cpu. Under torchrun each process, a rank, gets
+    its own, and they are connected, by NCCL or on CPUs by gloo. Raises ValueError where it cannot be had."""
+    torchrun = dist.is_available() and dist.is_torchelastic_launched()
     try:
         device = torch.device(name or torch.accelerator.current_accelerator() or "cpu")
+        if torchrun and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device).item()
         if device.index:
             torch.accelerator.set_device_index(device.index)    # so that cuda:1 means that one everywhere
+        if torchrun:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     except (RuntimeError, AssertionError, ImportError) as e:    # AssertionError: PyTorch was built without CUDA
         reason = str(e).splitlines()[0].split(". ")[0]
         raise ValueError(f"--device {name} is not to be had here: {reason}") from None
     return device
+
+
+def ranks() -> tuple:
+    """-> the number of this process among those that torchrun started, and how many they are; otherwise 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def first_rank_first():
+    """The first rank of each machine runs this block before the others do, which find what it downloaded or decoded."""
+    turns = ranks()[1] > 1
+    if turns and os.environ["LOCAL_RANK"] != "0":
+        dist.barrier()
+    yield
+    if turns and os.environ["LOCAL_RANK"] == "0":
+        dist.barrier()
+
+
+def default_dtype(device: torch.device) -> str:
+    """-> bfloat16 on GPUs that have it, float16 on others, float32 elsewhere."""
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def compiled(function, trial):
+    """-> torch.compile(function), tried by trial(it); where there is no compiler, says so and returns the function itself."""
+    fast = torch.compile(function)
+    try:
+        trial(fast)
+    except Exception as e:    # torch.compile raises whatever its parts do
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        print(f"not compiled, because torch.compile fails here: {reason}", flush=True)
+        return function
+    return fast
 
 
 def read_checkpoint(path) -> dict:

@@ -34,7 +34,7 @@ TABLES = {    # title: rows of a name and the flags of train.py
     "even digits are sensitive, half of U": [(name, f"--prior 0.5 --sensitive even --algorithm {name}") for name in ALGORITHMS],
     "a model that was trained unsupervised": [("before", BEFORE), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
                                               ("pu from scratch, 2000 steps", PU)],
-    "the prior is 0.1, the loss assumes another": [(f"{guess}", f"--prior 0.1 --algorithm pu --loss_prior {guess}") for guess in [0.02, 0.05, 0.1, 0.2, 0.4]],
+    "the prior is 0.1, the loss assumes another": [(f"{guess}", f"--prior 0.1 --algorithm pu --loss_prior {guess} --max_steps 1000") for guess in [0.02, 0.05, 0.1, 0.2, 0.4]],
 }
 SEEDS = {name: [f"--prior 0.5 --algorithm {name}{seed}" for seed in ["", " --seed 1", " --seed 2"]] for name in ["unsupervised", "pu"]}
 

@@ -49,6 +49,14 @@ def refused(status, words, script, *flags):
     return last
 
 
+def torchrun(script, *flags):
+    """Runs a script as two ranks on CPUs -> what it printed."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", *command(script, *flags)[1:]]
+    result = subprocess.run(ranks, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 SMALL = ["--dataset", "mnist", "--prior", "0.5", "--device", "cpu", "--batch_size", 32, "--warmup_steps", 5]
 
 

@@ -154,3 +154,25 @@ def test_pu_training_removes_the_sensitive_blob():
 
 def test_unsupervised_training_reproduces_it():
     assert 0.4 < share_of_sensitive_samples(unsupervised_loss) < 0.6
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn", "none"])
+@pytest.mark.parametrize("shift", [-3.0, 3.0])
+def test_parts_of_a_batch_average_to_the_whole(correction, shift):
+    """Four parts, of both signs, that are told of which sign the whole is: their mean risk and gradient are the whole's."""
+    torch.manual_seed(0)
+    theta = torch.tensor([1.5, -0.3], dtype=torch.float64, requires_grad=True)
+    u, s = ((torch.randn(16, 2, dtype=torch.float64) @ theta).square() for _ in range(2))
+    u = u + 0.5 * s.mean().detach() - u.mean().detach() + 0.1 * shift
+    differences = [(a.mean() - 0.5 * b.mean()).item() for a, b in zip(u.split(4), s.split(4))]
+    assert min(differences) < 0 < max(differences)
+    whole = (u.mean() - 0.5 * s.mean()).detach()
+    assert (whole < 0) == (shift < 0)
+    risk = pu_loss(u, s, 0.5, correction)
+    parts = torch.stack([pu_loss(a, b, 0.5, correction, whole) for a, b in zip(u.split(4), s.split(4))]).mean()
+    gradients = [torch.autograd.grad(value, theta, retain_graph=True)[0] for value in (risk, parts)]
+    torch.testing.assert_close(parts, risk)
+    torch.testing.assert_close(*gradients)
+    if correction != "none":    # and left to themselves they are not
+        alone = torch.stack([pu_loss(a, b, 0.5, correction) for a, b in zip(u.split(4), s.split(4))]).mean()
+        assert abs(alone - risk) > 0.01

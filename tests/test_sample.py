@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import refused, run
+from conftest import refused, run, torchrun
 from PIL import Image
 
 
@@ -26,6 +26,23 @@ def test_grid_and_folder_hold_the_same_images(small_run, tmp_path):
         assert np.array_equal(grid[i // 3 * 29:, i % 3 * 29:][:28, :28], image)
 
 
+def test_two_ranks_draw_what_one_draws(small_run, tmp_path):
+    flags = ["--ckpt", small_run[0] / "ckpt.pt", "--device", "cpu", "--steps", 3, "--n", 7, "--batch_size", 2]
+    run("sample.py", *flags, "--grid", tmp_path / "one.png", "--out_dir", tmp_path / "one")
+    torchrun("sample.py", *flags, "--grid", tmp_path / "two.png", "--out_dir", tmp_path / "two")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert len(list((tmp_path / "one").iterdir())) == 7
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_half_precision_draws_nearly_the_same(small_run, tmp_path):
+    for dtype in ["float32", "bfloat16"]:
+        sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 4, "--dtype", dtype, "--grid", tmp_path / f"{dtype}.png")
+    difference = pixels(tmp_path / "float32.png").astype(float) - pixels(tmp_path / "bfloat16.png")
+    assert 0 < np.abs(difference).mean() < 4    # of 255
+
+
 def test_the_seed_decides(small_run, tmp_path):
     for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
         sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 4, "--sampler", "ddpm", "--seed", seed,
@@ -46,7 +63,7 @@ def test_without_a_destination_the_grid_is_samples_png(small_run, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--n", "0"], "--n must be a positive number"),
+    (["--n", "0"], "--n: 0 is not a positive whole number"),
     (["--steps", "1001"], "--steps 1001 is more than the 1000 timesteps"),
     (["--sampler", "euler"], "invalid choice: 'euler'"),
     (["--device", "banana"], "--device banana is not to be had here"),

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, refused, run
+from conftest import ROOT, SMALL, command, refused, run, torchrun
 from PIL import Image
 
 import data
@@ -154,6 +154,70 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     assert (whole / "samples_000030.png").read_bytes() == (broken / "samples_000030.png").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def whole_batches(small_run, tmp_path_factory):
+    """Runs of one process, one round a step, whose difference is sometimes negative -> by correction: flags, folder"""
+    runs = {}
+    for correction in ["abs", "nn"]:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction, "--loss_prior", 0.99, "--lr", 1e-4,
+                 "--warmup_steps", 2, "--max_steps", 5, "--log_interval", 1]
+        run("train.py", *flags, "--out_dir", folder)
+        assert {row["corrected"] for row in read_log(folder)} == {0, 1}
+        runs[correction] = flags, folder
+    return runs
+
+
+def assert_same_path(folder_a, folder_b):
+    for row_a, row_b in zip(read_log(folder_a), read_log(folder_b), strict=True):
+        for name in ["risk", "loss_u", "loss_s", "corrected"]:
+            assert row_a[name] == pytest.approx(row_b[name], rel=1e-4, abs=1e-3), name
+    a, b = (torch.load(folder / "ckpt.pt") for folder in (folder_a, folder_b))
+    for weights in ["model", "ema"]:
+        for name in a[weights]:
+            torch.testing.assert_close(a[weights][name], b[weights][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("correction, rounds", [("abs", 1), ("nn", 1), ("abs", 2)])
+def test_two_ranks_follow_the_path_of_one(whole_batches, tmp_path, correction, rounds):
+    flags, folder = whole_batches[correction]
+    printed = torchrun("train.py", *flags, "--grad_accum", rounds, "--out_dir", tmp_path / "run")
+    assert f"in {2 * rounds} parts: 2 ranks, {rounds} rounds each" in printed and printed.count("step 5/5") == 1
+    assert_same_path(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("correction", ["abs", "nn"])
+def test_rounds_follow_the_path_of_one_batch(whole_batches, tmp_path, correction):
+    flags, folder = whole_batches[correction]
+    run("train.py", *flags, "--grad_accum", 4, "--out_dir", tmp_path / "run")
+    assert_same_path(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_compiled_it_is_one_graph_that_is_never_compiled_again(tmp_path, monkeypatch, rounds):
+    """By the tracer of torch.compile and its autograd; generating C++ would take a minute. Its figures are those of the eager loss."""
+    monkeypatch.setitem(unet.PRESETS, "mini", dict(channels=(8, 16), groups=4, blocks=1, attention=(), patch=2))
+    compile_, counters = torch.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    flags = [*SMALL, "--model", "mini", "--max_steps", 4, "--grad_accum", rounds, "--log_interval", 1]
+    assert ", compiled" in run("train.py", *flags, "--compile", "--out_dir", tmp_path / "compiled").stdout
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    run("train.py", *flags, "--out_dir", tmp_path / "eager")
+    assert_same_path(tmp_path / "compiled", tmp_path / "eager")
+
+
+def test_without_a_compiler_it_goes_on_and_says_why(tmp_path, monkeypatch):
+    def broken(function):
+        def call(*args):
+            raise RuntimeError("\nno C++ compiler\na long story")
+        return call
+    monkeypatch.setattr(torch, "compile", broken)
+    printed = run("train.py", *SMALL, "--compile", "--max_steps", 1, "--out_dir", tmp_path / "run").stdout
+    assert "not compiled, because torch.compile fails here: no C++ compiler\n" in printed and "float32, not compiled" in printed
+
+
 @pytest.mark.parametrize("algorithm, counts", [("unsupervised", "64 of U and 0 of S"), ("supervised", "61 of U and 3 of S")])
 def test_baselines_run(tmp_path, algorithm, counts):
     result = run("train.py", *SMALL, "--algorithm", algorithm, "--batch_size", 64, "--max_steps", 3, "--log_interval", 1,
@@ -207,8 +271,10 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
     (["--max_steps", "0"], "--max_steps: 0 is not a positive whole number"),
     (["--sensitive_share", "0.9"], "--sensitive_share 0.9 is above 0.5"),
     (["--batch_size", "1"], "--batch_size 1 leaves no room"),
+    (["--batch_size", "30", "--grad_accum", "4"], "--batch_size 30 cannot be divided evenly among 1 ranks with 4 rounds each"),
+    (["--batch_size", "4", "--grad_accum", "4"], "--batch_size 4 leaves no room for images of both U and S in each of 4 parts"),
     (["--batch_size", "8", "--algorithm", "supervised"], "--batch_size 8 leaves no room"),
-    (["--seed", "99999999999999999999"], "--seed must fit in 64 bits"),
+    (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 does not fit in 64 bits"),
     (["--device", "banana"], "--device banana is not to be had here"),
     pytest.param(["--device", "cuda"], "--device cuda is not to be had here",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
