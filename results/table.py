@@ -25,16 +25,21 @@ def folder(flags: str) -> str:
     return "out/table/" + flags.replace("--", "").replace("/", "_").replace(" ", "-")
 
 
-BEFORE, PU = "--prior 0.5 --algorithm unsupervised", "--prior 0.5 --algorithm pu"
-CLEAN = f"--prior 0.5 --init_from {folder(BEFORE)}/ckpt.pt --lr 1e-3 --warmup_steps 50 --max_steps"
+def cleaned(base: str) -> str:
+    return f"--init_from {folder(base)}/ckpt.pt --lr 1e-3 --warmup_steps 50 --max_steps"
+
+
+HALF, ELEVENTH = BASES = [f"--prior {prior} --algorithm unsupervised" for prior in ["0.5", "1/11"]]    # models that others start from
+PU, CLEAN = "--prior 0.5 --algorithm pu", f"--prior 0.5 {cleaned(HALF)}"
 ALGORITHMS = ["unsupervised", "supervised", "pu", "oracle"]
 TABLES = {    # title: rows of a name and the flags of train.py
     "odd digits are sensitive, half of U": [(name, f"--prior 0.5 --algorithm {name}") for name in ALGORITHMS] + [("pu, 4000 steps", f"{PU} --max_steps 4000")],
     "odd digits are sensitive, 1 in 11 of U": [(name, f"--prior 1/11 --algorithm {name}") for name in ALGORITHMS],
     "even digits are sensitive, half of U": [(name, f"--prior 0.5 --sensitive even --algorithm {name}") for name in ALGORITHMS],
-    "a model that was trained unsupervised": [("before", BEFORE), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
+    "a model that was trained unsupervised": [("before", HALF), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
                                               ("pu from scratch, 2000 steps", PU)],
-    "the prior is 0.1, the loss assumes another": [(f"{guess}", f"--prior 0.1 --algorithm pu --loss_prior {guess} --max_steps 1000") for guess in [0.02, 0.05, 0.1, 0.2, 0.4]],
+    "the prior is 0.1, what the loss assumes": [("before", ELEVENTH)] + [(f"{guess}", f"--prior 0.1 --loss_prior {guess} {cleaned(ELEVENTH)} 500")
+                                                                        for guess in [0.02, 0.05, 0.1, 0.2, 0.4]],
 }
 SEEDS = {name: [f"--prior 0.5 --algorithm {name}{seed}" for seed in ["", " --seed 1", " --seed 2"]] for name in ["unsupervised", "pu"]}
 
@@ -53,8 +58,9 @@ def train(flags: str, env: dict):
 
 def train_and_evaluate(flags: str, threads: int):
     out_dir, env = folder(flags), {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if "--init_from" in flags:
-        train(BEFORE, env)
+    for base in BASES:
+        if f"{folder(base)}/ckpt.pt" in flags:
+            train(base, env)
     train(flags, env)
     evaluate = [sys.executable, "evaluate.py", "--ckpt", f"{out_dir}/ckpt.pt"]
     figures = json.loads(subprocess.run(evaluate, check=True, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
