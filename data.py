@@ -473,6 +473,14 @@ def save_grid(images: torch.Tensor, path: Path):
     save_png(grid(images), path)
 
 
+def save_grids(groups: list, path: Path):
+    """[[N, C, H, W] uint8, ...] -> a PNG file of their grids, side by side."""
+    grids = [grid(images) for images in groups]
+    height = max(g.shape[1] for g in grids)
+    grids = [torch.nn.functional.pad(g, (0, 12, 0, height - g.shape[1]), value=255) for g in grids]
+    save_png(torch.cat(grids, dim=2)[:, :, :-12], path)
+
+
 # -----------------------------------------------------------------------------
 # look at your data first
 
@@ -501,24 +509,32 @@ def fraction(text: str) -> float:
     return value
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python data.py --dataset NAME [--flag value ...]")
+def data_flags(parser):
+    """Adds the flags that say what U and S are."""
     flag = parser.add_argument
-    flag("--dataset", required=True, help=f"one of: {', '.join(DATASETS)}")
-    flag("--data_dir", type=Path, default=DATA_DIR, help="folder of data sets, or of your own images (default: data/ beside this file)")
+    flag("--dataset", default="mnist", choices=list(DATASETS), help="(default: mnist)")
+    flag("--data_dir", type=Path, default=DATA_DIR,
+         help="folder that holds mnist/ and the others; for folder, the one with unlabeled/ and sensitive/ (default: data/ beside this file)")
     flag("--image_size", type=positive, help="pixels, for folder and celeba (default: 32 and 256)")
     flag("--channels", type=int, choices=[1, 3], help="grey or colour, for folder and celeba (default: 3)")
-    flag("--sensitive", help="classes or groups, with commas (default: the data set's)")
-    flag("--n_unlabeled", type=positive, help="images in U (default: the data set's)")
-    flag("--n_labeled", type=positive, help="images in S (default: the data set's)")
-    flag("--prior", type=fraction, default=0.5, help="the fraction of sensitive images in U (default: 0.5)")
+    flag("--sensitive", help="what must not be generated: classes or groups, with commas (default: the data set's; mnist: odd)")
+    flag("--prior", type=fraction, default=0.5, help="fraction of sensitive images in U (default: 0.5)")
+    flag("--n_unlabeled", type=positive, help="images in U (default: as many as hold the data set's normal ones; mnist: 25,000 normal)")
+    flag("--n_labeled", type=positive, help="images in S, labeled sensitive (default: the data set's; mnist: 2,500)")
+    flag("--seed", type=seed, default=0, help="of all that is drawn at random (default: 0)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python data.py [--flag value ...]")
+    flag = parser.add_argument
+    data_flags(parser)
     flag("--preview", type=Path, default=Path("preview.png"), help="PNG to write: images of U, then of S (default: preview.png)")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, lambda *_: sys.exit("data.py: interrupted"))
     try:
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
-        u, s, test_normal = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled)
+        u, s, test_normal = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
         size = f"{tuple(data.train.shape[1:])}"
         print(f"{args.dataset}: {len(data.train):,} training images {size}; U has {len(u):,}, S has {len(s):,}; "
               f"{len(test_normal):,} normal test images")
@@ -530,10 +546,7 @@ def main():
             print(f"sensitive: {', '.join(DATASETS[args.dataset]['classes'][i] for i in chosen)}; "
                   f"in U: {hidden:,}, which is {hidden / len(u):.4g} of it")
         some = torch.Generator().manual_seed(0)
-        grids = [grid(data.train[index[torch.randperm(len(index), generator=some)[:64]]]) for index in (u, s)]
-        height = max(g.shape[1] for g in grids)
-        grids = [torch.nn.functional.pad(g, (0, 12, 0, height - g.shape[1]), value=255) for g in grids]
-        save_png(torch.cat(grids, dim=2)[:, :, :-12], args.preview)
+        save_grids([data.train[index[torch.randperm(len(index), generator=some)[:64]]] for index in (u, s)], args.preview)
         print(f"{args.preview}: U on the left, S on the right")
     except ValueError as e:
         parser.error(e)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import DATA_DIR, DATASETS, FITS, fraction, has_class, load, parse_classes, positive, save_grid, seed, split, to_uint8
+from data import DATA_DIR, DATASETS, FITS, data_flags, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
 from pretrained import load_pretrained
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
@@ -37,22 +37,16 @@ from unet import PRESETS, UNet, UNetConfig, check, compiled, default_dtype, find
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  usage="python train.py [--flag value ...]")
 flag = parser.add_argument
-flag("--dataset", default="mnist", choices=list(DATASETS), help="(default: mnist)")
-flag("--data_dir", type=Path, default=DATA_DIR,
-     help="folder that holds mnist/ and the others; for folder, the one with unlabeled/ and sensitive/ (default: data/ beside this file)")
-flag("--image_size", type=positive, help="pixels, for folder and celeba (default: 32 and 256)")
-flag("--channels", type=int, choices=[1, 3], help="grey or colour, for folder and celeba (default: 3)")
+data_flags(parser)
 flag("--hflip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: for photographs, not for digits)")
-flag("--sensitive", help="what must not be generated: classes or groups, with commas (default: the data set's; mnist: odd)")
-flag("--prior", type=fraction, default=0.5, help="fraction of sensitive images in U, and what the loss assumes (default: 0.5)")
 flag("--loss_prior", type=fraction, help="what the loss assumes instead, to study a wrong guess (default: --prior)")
-flag("--n_unlabeled", type=positive, help="images in U (default: as many as hold the data set's normal ones; mnist: 25,000 normal)")
-flag("--n_labeled", type=positive, help="images in S, labeled sensitive (default: the data set's; mnist: 2,500)")
 flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "oracle"],
      help="pu: the method; supervised: takes U for normal; unsupervised: ignores S; oracle: unsupervised on the normal images of "
           "U alone, by labels that nobody has in practice (default: pu)")
 flag("--correction", default="abs", choices=["abs", "nn", "none"],
      help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
+flag("--scores", type=Path, help="what filter.py says of the images of U and S: the higher it scores one, the rarer it is drawn")
+flag("--keep", type=fraction, help="with --scores: draw alike from this fraction of U, of the lowest scores, and not at all from the rest")
 flag("--init_from", help="start from this model, not from random weights: a ckpt.pt of train.py, a folder in the diffusers format, "
                          "or the name of one on the hub, such as google/ddpm-cifar10-32")
 flag("--schedule", choices=["linear", "cosine"], help="noise schedule (default: linear, or that of --init_from)")
@@ -66,7 +60,6 @@ flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 
 flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")
 flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
 flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
-flag("--seed", type=seed, default=0, help="of the split, the initial weights and the noise (default: 0)")
 flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
 flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 or float16 on cuda, else float32)")
 flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on cuda only)")
@@ -114,6 +107,10 @@ if args.sensitive_share > 0.5:
 for name in ["lr", "grad_clip"]:
     if not 0 < getattr(args, name) < math.inf:
         parser.error(f"--{name} must be a positive number")
+if args.keep and not args.scores:
+    parser.error("--keep needs the --scores of filter.py")
+if args.scores and args.algorithm == "oracle":
+    parser.error("--scores and --algorithm oracle do not go together: the oracle has the labels")
 if args.algorithm == "oracle" and args.dataset == "folder":
     parser.error("--algorithm oracle needs the labels of U, which a folder does not have")
 if args.warmup_steps < 0 or not 0 <= args.ema_decay < 1:
@@ -145,6 +142,19 @@ def check_size(config, channels, size):
         parser.error(f"--init_from {args.init_from} is for {config.image_size}x{config.image_size} images of {config.image_channels} channels, "
                      f"{args.dataset} has {size}x{size} of {channels}")
 
+def read_scores(u, s):
+    try:
+        scores = torch.load(args.scores, weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--scores {args.scores} does not exist: filter.py writes it") from None
+    except Exception:    # torch.load raises whatever its readers do
+        scores = None
+    if not isinstance(scores, dict) or not {"u", "s", "z_u", "z_s"} <= scores.keys():
+        raise OSError(f"--scores {args.scores} is not what filter.py writes, or is damaged")
+    if not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s):
+        raise ValueError(f"--scores {args.scores} is for other images: say what U and S are, and --seed, as filter.py was told")
+    return scores
+
 try:
     initial, schedule = None, "linear"
     if args.init_from and not ckpt:
@@ -168,8 +178,19 @@ try:
     args.schedule = args.schedule or schedule
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
-    args.loss_prior = args.loss_prior or args.prior
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
+    w_u = w_s = prior_left = None    # weights of the images, and the prior that they leave
+    if args.scores:
+        scores = read_scores(u, s)
+        if args.keep:
+            threshold = scores["z_u"].kthvalue(math.ceil(args.keep * len(u))).values
+            w_u, w_s = ((scores[z] <= threshold).float() for z in ["z_u", "z_s"])
+        else:
+            w_u, w_s = (torch.sigmoid(-scores[z]) for z in ["z_u", "z_s"])
+        prior_left = args.prior * float(w_s.mean() / w_u.mean())
+        if prior_left == 0 and args.algorithm != "unsupervised":
+            parser.error(f"--keep {args.keep} keeps no image of S, which leaves nothing to push away: use --algorithm unsupervised")
+    args.loss_prior = args.loss_prior or prior_left or args.prior
     if args.algorithm == "oracle":
         u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
     channels, size = data.train.shape[1:3]
@@ -188,6 +209,8 @@ images = data.train
 if (len(u) + len(s)) * images[0].numel() <= FITS:
     images = torch.cat([images[u], images[s]]).to(device)
     u, s = torch.arange(len(u), device=device), torch.arange(len(u), len(images), device=device)
+if args.scores:
+    w_u, w_s = w_u.to(u.device), w_s.to(s.device)
 
 # each step draws a fixed number of each, and every rank and round gets as many as any other
 parts = world * args.grad_accum
@@ -297,6 +320,8 @@ log_file.flush()
 
 n_params = sum(p.numel() for p in model.parameters())
 print(f"{args.dataset}: U has {len(u):,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {len(s):,}")
+if args.scores:
+    print(f"{args.scores}: {f'the lower {args.keep:.4g}' if args.keep else 'all'} of U, drawn by their scores; of S what would pass, which leaves a prior of {prior_left:.4g}")
 print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step"
       + f", in {parts} parts: {world} ranks, {args.grad_accum} rounds each" * (parts > 1))
 print(f"{args.model or args.init_from} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
@@ -328,6 +353,12 @@ def gradients(index, mirror, t, eps, whole=None):
         total += figures / args.grad_accum
     return total
 
+def pick(index, weights, n):
+    """-> n elements of index [N], each as probable as its weight [N] says, or all alike"""
+    if weights is None:
+        return index[torch.randint(len(index), (n,), device=index.device)]
+    return index[torch.multinomial(weights, n, replacement=True)] if n else index[:0]
+
 start, mark, first_step = time.time(), time.time(), step
 while step < args.max_steps:
     # one lr for this step: linear warm-up, then a cosine down to 0
@@ -337,7 +368,7 @@ while step < args.max_steps:
         group["lr"] = lr
 
     # the whole batch, which all ranks draw alike: image numbers of U and of S, what to mirror, timesteps, noise
-    index = torch.cat([index[torch.randint(len(index), (n,), device=index.device)] for index, n in [(u, n_u), (s, n_s)]])
+    index = torch.cat([pick(u, w_u, n_u), pick(s, w_s, n_s)])
     mirror = torch.rand(args.batch_size, 1, 1, 1, device=device) < 0.5 if args.hflip else torch.zeros(args.batch_size)
     # timesteps one golden ratio apart are spread evenly over [0, T), and so are the first few of them
     t = (diffusion.T * ((torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)) % 1)).long()

@@ -1,0 +1,130 @@
+"""The classifier's risk in closed form, cross-fitting, and what train.py makes of the scores."""
+import math
+
+import pytest
+import torch
+from conftest import SMALL, refused, run
+
+import data
+from filter import cross_scores, distort, nnpu_loss
+from test_train import overhear
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("prior", [0.1, 0.5, 0.8])
+def test_on_a_literal_mixture_the_risk_is_the_one_with_all_labels(prior):
+    """U = N + S: both classes' mean sigmoid losses, weighted one half."""
+    torch.manual_seed(0)
+    z_n, z_s = torch.randn(round(100 * (1 - prior)), dtype=torch.float64), torch.randn(round(100 * prior), dtype=torch.float64)
+    expected = 0.5 * torch.sigmoid(-z_s).mean() + 0.5 * torch.sigmoid(z_n).mean()
+    assert nnpu_loss(torch.cat([z_n, z_s]), z_s, prior).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_below_zero_it_descends_on_minus_the_difference_alone():
+    z_u, z_s = torch.full((4,), -3.0, requires_grad=True), torch.full((2,), 2.0, requires_grad=True)
+    loss = nnpu_loss(z_u, z_s, 0.5)
+    difference = (torch.sigmoid(z_u).mean() - 0.5 * torch.sigmoid(z_s).mean()) / 0.5
+    assert difference < 0 and loss.item() == pytest.approx(-0.5 * difference.item())
+    loss.backward()
+    assert (z_u.grad < 0).all() and (z_s.grad > 0).all()
+
+
+def test_distorted_images_stay_images_and_differ():
+    torch.manual_seed(0)
+    x = torch.rand(6, 3, 12, 12) * 2 - 1
+    y = distort(x, hflip=True)
+    assert y.shape == x.shape and y.min() >= -1 - 1e-5 and y.max() <= 1 + 1e-5
+    assert all((a != b).any() for a, b in zip(x, y))
+    assert torch.equal(distort(torch.full((2, 1, 8, 8), -1.0), False), torch.full((2, 1, 8, 8), -1.0))    # black is black
+
+
+def test_cross_fitting_finds_the_hidden_ones():
+    """Bright above is sensitive."""
+    generator = torch.Generator().manual_seed(0)
+    is_sensitive = torch.rand(1200, generator=generator) < 0.5
+    images = torch.randint(100, (1200, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    images[is_sensitive, :, :4] += 100
+    s = is_sensitive.nonzero()[:200, 0]
+    u = torch.tensor(sorted(set(range(1200)) - set(s.tolist())))
+    torch.manual_seed(0)
+    z_u, z_s = cross_scores(data.Images(images, None, None, None), u, s, 0.4, False, 150, CPU)
+    assert ((z_u > 0) == is_sensitive[u]).float().mean() > 0.97 and (z_s > 0).float().mean() > 0.95
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    """Of real digits, by a very short training -> the file, and what was printed"""
+    folder = tmp_path_factory.mktemp("filter")
+    flags = ["--prior", "0.5", "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 20, "--device", "cpu"]
+    return folder / "scores.pt", run("filter.py", *flags, "--out_dir", folder).stdout
+
+
+def test_the_command_scores_real_digits(scores):
+    path, printed = scores
+    kept = torch.load(path)
+    assert len(kept["z_u"]) == len(kept["u"]) == 600 and len(kept["z_s"]) == len(kept["s"]) == 100
+    assert (path.parent / "dropped.png").stat().st_size > 1000
+    rows = [list(map(float, line.split())) for line in printed.splitlines()[1:8]]
+    mnist = data.load("mnist")
+    odd = mnist.train_labels[kept["u"]] % 2 == 1
+    order = kept["z_u"].argsort()
+    for keep, by_s, by_labels, normal in rows:
+        some = order[:round(keep * 600)]
+        assert by_labels == pytest.approx(odd[some].float().mean().item(), abs=1e-4)
+        assert normal == pytest.approx(((~odd[some]).sum() / 300).item(), abs=1e-4)
+        assert by_s == pytest.approx(by_labels, abs=0.1)
+    assert rows[4][2] < 0.4    # even 20 steps are better than chance
+
+
+def shown(monkeypatch, tmp_path, path, *flags):
+    steps = overhear(monkeypatch, "--n_unlabeled", 600, "--n_labeled", 100, "--batch_size", 400, "--scores", path, "--max_steps", 2,
+                     *flags, "--out_dir", tmp_path / "run")
+    return [data.to_uint8(x_0) for x_0, _, _ in steps]
+
+
+def test_a_hard_cut_shows_the_loss_nothing_else(scores, tmp_path, monkeypatch):
+    mnist, kept = data.load("mnist"), torch.load(scores[0])
+    threshold = kept["z_u"].sort().values[299]
+    U, S = ({image.numpy().tobytes() for image in mnist.train[kept[index][kept[z] <= threshold]]} for index, z in [("u", "z_u"), ("s", "z_s")])
+    assert len(U) == 300
+    for images in shown(monkeypatch, tmp_path, scores[0], "--keep", "0.5"):
+        images = [image.contiguous().numpy().tobytes() for image in images]
+        assert set(images[:200]) <= U and set(images[200:]) <= S and len(set(images[:200])) > 100
+    args = torch.load(tmp_path / "run" / "ckpt.pt")["args"]
+    assert args["loss_prior"] == pytest.approx(0.5 * (kept["z_s"] <= threshold).float().mean().item() / 0.5)
+
+
+def test_soft_weights_are_probabilities(scores, tmp_path, monkeypatch):
+    mnist, kept = data.load("mnist"), torch.load(scores[0])
+    steps = shown(monkeypatch, tmp_path, scores[0])
+    number = {image.numpy().tobytes(): i for i, image in enumerate(mnist.train[kept["u"]])}
+    drawn = torch.tensor([number[image.contiguous().numpy().tobytes()] for images in steps for image in images[:200]])
+    w = torch.sigmoid(-kept["z_u"])
+    expected, spread = (w * w).sum() / w.sum(), w.std() / 400 ** 0.5    # the mean weight of what is drawn by weight
+    assert abs(w[drawn].mean() - expected) < 4 * spread
+    args = torch.load(tmp_path / "run" / "ckpt.pt")["args"]
+    assert args["loss_prior"] == pytest.approx(0.5 * (torch.sigmoid(-kept["z_s"]).mean() / w.mean()).item(), rel=1e-6)
+
+
+def test_weighted_images_leave_the_risk_exact():
+    """(1 - prior) E_N[w l] = E_U[w l] - prior E_S[w l], so drawn by w: E_N l = (E_U l - left E_S l) / (1 - left)."""
+    torch.manual_seed(0)
+    n, s = (torch.rand(400, 2, dtype=torch.float64) for _ in range(2))    # columns: w, l; 400 of each: prior 0.5
+    u = torch.cat([n, s])
+    weighted = lambda x: (x[:, 0] * x[:, 1]).sum() / x[:, 0].sum()
+    left = 0.5 * (s[:, 0].mean() / u[:, 0].mean())
+    assert ((weighted(u) - left * weighted(s)) / (1 - left)).item() == pytest.approx(weighted(n).item(), rel=1e-12)
+
+
+def test_bad_scores_are_refused(scores, tmp_path):
+    some = ["--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 1]
+    refused(1, "none.pt does not exist: filter.py writes it", "train.py", *SMALL, *some, "--scores", tmp_path / "none.pt")
+    (tmp_path / "bad.pt").write_text("garbage")
+    refused(1, "bad.pt is not what filter.py writes", "train.py", *SMALL, *some, "--scores", tmp_path / "bad.pt", "--out_dir", tmp_path / "run")
+    refused(2, "is for other images", "train.py", *SMALL, *some, "--seed", 1, "--scores", scores[0], "--out_dir", tmp_path / "run")
+    refused(2, "--keep needs the --scores", "train.py", *SMALL, *some, "--keep", "0.5", "--out_dir", tmp_path / "run")
+    refused(2, "--scores and --algorithm oracle", "train.py", *SMALL, *some, "--scores", scores[0], "--algorithm", "oracle", "--out_dir", tmp_path / "run")
+    refused(2, "keeps no image of S", "train.py", *SMALL, *some, "--scores", scores[0], "--keep", "0.001", "--out_dir", tmp_path / "run")
+    refused(2, "need at least 4", "filter.py", "--n_labeled", 3, "--out_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists() and math.isfinite(torch.load(scores[0])["z_u"].sum())
