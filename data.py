@@ -441,6 +441,11 @@ def split(name: str, data: Images, sensitive: str = None, prior: float = 0.5, n_
                     n_unlabeled or round(info["n_normal"] / (1 - prior)), n_labeled or info["n_labeled"], seed)
 
 
+def digest(images: torch.Tensor) -> str:
+    """What tells these images from others; of very many, some are looked at."""
+    return hashlib.sha256(images[::1 + images.numel() // FITS].numpy().tobytes()).hexdigest()
+
+
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] -> uint8, rounded: the inverse of x / 127.5 - 1."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

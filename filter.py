@@ -17,7 +17,6 @@ The PU risk on weighted images is therefore as exact as without them, with prior
 the classifier misses is counted, not forgotten. The less there is of it, the less noise is in the difference of the means.
 """
 import argparse
-import os
 import signal
 import sys
 import time
@@ -26,9 +25,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import DATASETS, Images, data_flags, has_class, load, parse_classes, positive, save_grids, split
+from data import DATASETS, Images, data_flags, digest, has_class, load, parse_classes, positive, save_grids, split
 from evaluate import Classifier
-from unet import find_device
+from unet import find_device, ranks
 
 
 def nnpu_loss(z_u: torch.Tensor, z_s: torch.Tensor, prior: float) -> torch.Tensor:
@@ -52,8 +51,8 @@ def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def train_classifier(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool, steps: int,
-                     device: torch.device, name: str) -> Classifier:
+def fit(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool, steps: int,
+        device: torch.device, name: str) -> Classifier:
     """images [N, C, H, W] uint8; u, s: which of them are unlabeled and which labeled sensitive -> a network with one logit."""
     model = Classifier(*images.shape[1:3], n_classes=1).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -83,9 +82,11 @@ def logits(model: Classifier, images: torch.Tensor, index: torch.Tensor) -> torc
 def cross_scores(data: Images, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool, steps: int, device: torch.device) -> tuple:
     """-> for each image of U and of S the logit of "sensitive", by a classifier that was trained on the other half of both."""
     z_u, z_s = torch.zeros(len(u)), torch.zeros(len(s))
+    orders = [torch.randperm(len(index)) for index in (u, s)]
     for half in [0, 1]:
-        model = train_classifier(data.train, u[1 - half::2], s[1 - half::2], prior, hflip, steps, device, f"classifier {half + 1} of 2")
-        z_u[half::2], z_s[half::2] = logits(model, data.train, u[half::2]), logits(model, data.train, s[half::2])
+        (u_fit, u_score), (s_fit, s_score) = ((order[1 - half::2], order[half::2]) for order in orders)
+        model = fit(data.train, u[u_fit], s[s_fit], prior, hflip, steps, device, f"classifier {half + 1} of 2")
+        z_u[u_score], z_s[s_score] = logits(model, data.train, u[u_score]), logits(model, data.train, s[s_score])
     return z_u, z_s
 
 
@@ -102,20 +103,23 @@ def main():
     args.out_dir = args.out_dir or Path("out") / f"filter-{args.dataset}-{args.prior:.4g}"
     try:
         device = find_device(args.device)
+        if ranks()[1] > 1:
+            parser.error("filter.py is one process, not for torchrun")
+        if (args.out_dir / "scores.pt").exists():
+            parser.error(f"--out_dir {args.out_dir} already holds scores, which a run may be using: name another folder")
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
         u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
-        if len(s) < 4:
-            parser.error(f"S has {len(s)} images: the two classifiers need at least 4")
+        if min(len(u), len(s)) < 4:
+            parser.error(f"U has {len(u)} images and S {len(s)}: the two classifiers need at least 4 of each")
         args.out_dir.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
         z_u, z_s = cross_scores(data, u, s, args.prior, DATASETS[args.dataset]["hflip"], args.steps, device)
-        part = args.out_dir / f"scores.{os.getpid()}.tmp"
-        torch.save(dict(u=u, s=s, z_u=z_u, z_s=z_s, prior=args.prior), part)
-        os.replace(part, args.out_dir / "scores.pt")
         order = z_u.argsort()
-        n_kept = round((1 - args.prior) * len(u))
+        n_kept = min(max(1, round((1 - args.prior) * len(u))), len(u) - 1)
         dropped, kept = (u[some[torch.randperm(len(some))[:64]]] for some in [order[n_kept:], order[:n_kept]])
         save_grids([data.train[dropped], data.train[kept]], args.out_dir / "dropped.png")
+        torch.save(dict(u=u, s=s, z_u=z_u, z_s=z_s, images=digest(data.train)), args.out_dir / "scores.tmp")
+        (args.out_dir / "scores.tmp").rename(args.out_dir / "scores.pt")
     except ValueError as e:
         parser.error(e)
     except (OSError, RuntimeError) as e:    # RuntimeError: a full disk, to torch.save
@@ -126,9 +130,8 @@ def main():
         chosen = parse_classes(args.dataset, args.sensitive or DATASETS[args.dataset]["sensitive"])
         is_sensitive = has_class(data.train_labels[u], chosen)
     print("--keep   sensitive among the kept, by S" + "   and by the labels   normal ones kept" * labeled)
-    for share in [1.1, 1.0, 0.95, 0.9, 0.8, 0.7, 0.5]:
-        keep = min(1.0, share * (1 - args.prior))
-        kept = order[:round(keep * len(u))]
+    for keep in [share * (1 - args.prior) for share in [1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5]]:
+        kept = order[:max(1, round(keep * len(u)))]
         missed = float((z_s <= z_u[kept[-1]]).float().mean())
         line = f"{keep:6.3f}   {args.prior * missed / keep:31.4f}"
         if labeled:

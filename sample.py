@@ -73,9 +73,9 @@ def draw(args, model: UNet, diffusion: GaussianDiffusion, out_dir: Path = None) 
             if sys.stderr.isatty():
                 print(f"{first + n} of {args.n} images", file=sys.stderr)
     if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, batches)
-        batches = {first: batch for part in everyone for first, batch in part.items()}
+        everyone = [None] * world if rank == 0 else None
+        dist.gather_object(batches, everyone)
+        batches = {first: batch for part in everyone or [] for first, batch in part.items()}
     return torch.cat([batches[first] for first in sorted(batches)]) if rank == 0 else None
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import DATA_DIR, DATASETS, FITS, data_flags, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
+from data import DATA_DIR, DATASETS, FITS, data_flags, digest, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
 from pretrained import load_pretrained
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
@@ -39,7 +39,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 flag = parser.add_argument
 data_flags(parser)
 flag("--hflip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: for photographs, not for digits)")
-flag("--loss_prior", type=fraction, help="what the loss assumes instead, to study a wrong guess (default: --prior)")
+flag("--loss_prior", type=fraction, help="what the loss assumes instead, to study a wrong guess (default: --prior; --scores make both smaller)")
 flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "oracle"],
      help="pu: the method; supervised: takes U for normal; unsupervised: ignores S; oracle: unsupervised on the normal images of "
           "U alone, by labels that nobody has in practice (default: pu)")
@@ -84,10 +84,11 @@ if args.resume:
         ckpt = read_checkpoint(ckpt_path)
     except OSError as e:
         fail(e)
-    parser.set_defaults(**ckpt["args"])    # the run's own flags, unless given again
+    saved = {**vars(parser.parse_args([])), **ckpt["args"]}
+    parser.set_defaults(**saved)    # the run's own flags, unless given again
     args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
-    for name, value in ckpt["args"].items():
-        if getattr(args, name) != value and name not in MAY_CHANGE:
+    for name, value in saved.items():
+        if str(getattr(args, name)) != str(value) and name not in MAY_CHANGE:
             parser.error(f"--{name} cannot change on --resume: the run in {args.out_dir} has {value}")
 elif ckpt_path.exists():
     parser.error(f"--out_dir {args.out_dir} already holds a run: add --resume to go on with it, or name another folder")
@@ -149,9 +150,9 @@ def read_scores(u, s):
         raise FileNotFoundError(f"--scores {args.scores} does not exist: filter.py writes it") from None
     except Exception:    # torch.load raises whatever its readers do
         scores = None
-    if not isinstance(scores, dict) or not {"u", "s", "z_u", "z_s"} <= scores.keys():
+    if not isinstance(scores, dict) or not {"u", "s", "z_u", "z_s", "images"} <= scores.keys() or not (scores["z_u"].sum() + scores["z_s"].sum()).isfinite():
         raise OSError(f"--scores {args.scores} is not what filter.py writes, or is damaged")
-    if not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s):
+    if not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s) or scores["images"] != digest(data.train):
         raise ValueError(f"--scores {args.scores} is for other images: say what U and S are, and --seed, as filter.py was told")
     return scores
 
@@ -179,7 +180,8 @@ try:
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
-    w_u = w_s = prior_left = None    # weights of the images, and the prior that they leave
+    w_u = w_s = None    # weights of the images
+    counts = [len(u), len(s)]
     if args.scores:
         scores = read_scores(u, s)
         if args.keep:
@@ -187,12 +189,16 @@ try:
             w_u, w_s = ((scores[z] <= threshold).float() for z in ["z_u", "z_s"])
         else:
             w_u, w_s = (torch.sigmoid(-scores[z]) for z in ["z_u", "z_s"])
-        prior_left = args.prior * float(w_s.mean() / w_u.mean())
-        if prior_left == 0 and args.algorithm != "unsupervised":
-            parser.error(f"--keep {args.keep} keeps no image of S, which leaves nothing to push away: use --algorithm unsupervised")
-    args.loss_prior = args.loss_prior or prior_left or args.prior
+        counts = [float(w_u.sum()), float(w_s.sum())]
+    if not ckpt:    # by the weights, E_U[w l] = prior_left E_S[w l] + (1 - prior_left) E_N[w l], each mean over its own weights
+        args.loss_prior = (args.loss_prior or args.prior) * (counts[1] / len(s)) / (counts[0] / len(u))
+    if not args.loss_prior and args.algorithm != "unsupervised":
+        parser.error(f"--keep {args.keep} keeps no image of S, which leaves nothing to push away: use --algorithm unsupervised")
+    if not args.loss_prior < 1:
+        parser.error(f"--scores {args.scores} leave a prior of {args.loss_prior:.3g}, which is none: they, or --prior, are wrong")
     if args.algorithm == "oracle":
         u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
+        counts[0] = len(u)
     channels, size = data.train.shape[1:3]
     config = UNetConfig(**ckpt["config"]) if ckpt else initial.config if initial else preset(args.model, channels, size)
     check_size(config, channels, size)
@@ -202,9 +208,8 @@ except ValueError as e:
 except OSError as e:
     fail(e)
 args.max_steps = args.max_steps or math.ceil(20 * len(u) / args.batch_size)
-counts = [len(u), len(s)]
 if ckpt and ckpt["counts"] != counts:
-    fail(f"{args.data_dir} holds other images than when the run began: U and S had {ckpt['counts']}, now {counts}")
+    fail(f"{args.scores or args.data_dir} holds something else than when the run began: U and S had {ckpt['counts']}, now {counts}")
 images = data.train
 if (len(u) + len(s)) * images[0].numel() <= FITS:
     images = torch.cat([images[u], images[s]]).to(device)
@@ -214,13 +219,14 @@ if args.scores:
 
 # each step draws a fixed number of each, and every rank and round gets as many as any other
 parts = world * args.grad_accum
-if args.batch_size % parts:
-    parser.error(f"--batch_size {args.batch_size} cannot be divided evenly among {world} ranks with {args.grad_accum} rounds each (--grad_accum)")
-share = {"pu": args.sensitive_share, "supervised": len(s) / (len(u) + len(s)), "unsupervised": 0, "oracle": 0}[args.algorithm]
-n_s = parts * min(round(share * args.batch_size / parts), args.batch_size // parts // 2)
+share = {"pu": args.sensitive_share, "supervised": counts[1] / sum(counts), "unsupervised": 0, "oracle": 0}[args.algorithm]
+n_s = min(round(share * args.batch_size), args.batch_size // 2)
 n_u = args.batch_size - n_s
 if share and n_s == 0:
-    parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S" + f" in each of {parts} parts" * (parts > 1))
+    parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S")
+if n_u % parts or n_s % parts:
+    parser.error(f"a batch of {n_u} images of U and {n_s} of S cannot be divided evenly among {world} ranks with {args.grad_accum} rounds each: "
+                 f"choose another --batch_size, --grad_accum or --sensitive_share")
 
 # -----------------------------------------------------------------------------
 # the model, its moving average, the loss and the optimizer
@@ -262,7 +268,6 @@ if args.compile:
     trial = (black, torch.zeros(len(eps), dtype=torch.long, device=device), eps, plus if args.grad_accum > 1 else None)
     eager = loss_fn
     loss_fn = compiled(eager, lambda fast: fast(*trial)[0].backward())
-    args.compile = loss_fn is not eager
     optimizer.zero_grad()
 
 step, sums, counted = 0, torch.zeros(4, device=device), 0    # sums of loss_fn's figures since the last log line
@@ -321,11 +326,11 @@ log_file.flush()
 n_params = sum(p.numel() for p in model.parameters())
 print(f"{args.dataset}: U has {len(u):,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {len(s):,}")
 if args.scores:
-    print(f"{args.scores}: {f'the lower {args.keep:.4g}' if args.keep else 'all'} of U, drawn by their scores; of S what would pass, which leaves a prior of {prior_left:.4g}")
+    print(f"{args.scores}: {f'the lower {args.keep:.4g}' if args.keep else 'all'} of U, drawn by their scores, and of S by the same rule")
 print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step"
       + f", in {parts} parts: {world} ranks, {args.grad_accum} rounds each" * (parts > 1))
 print(f"{args.model or args.init_from} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
-      f"{'compiled' if args.compile else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
+      f"{'compiled' if args.compile and loss_fn is not eager else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
 
 def check_finite():
     """Before every log line, and so that no checkpoint is overwritten with a broken one."""

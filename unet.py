@@ -11,6 +11,7 @@ import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -249,11 +250,14 @@ def find_device(name: str = None) -> torch.device:
         device = torch.device(name or torch.accelerator.current_accelerator() or "cpu")
         if torchrun and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if torchrun and device.type == "mps":    # which no backend connects
+            device = torch.device("cpu")
         torch.zeros(1, device=device).item()
         if device.index:
             torch.accelerator.set_device_index(device.index)    # so that cuda:1 means that one everywhere
         if torchrun:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+            nccl = device.type == "cuda"
+            dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None, timeout=timedelta(days=1))
     except (RuntimeError, AssertionError, ImportError) as e:    # AssertionError: PyTorch was built without CUDA
         reason = str(e).splitlines()[0].split(". ")[0]
         raise ValueError(f"--device {name} is not to be had here: {reason}") from None

@@ -117,6 +117,17 @@ def test_weighted_images_leave_the_risk_exact():
     assert ((weighted(u) - left * weighted(s)) / (1 - left)).item() == pytest.approx(weighted(n).item(), rel=1e-12)
 
 
+def test_a_run_with_scores_can_be_resumed(scores, tmp_path):
+    flags = [*SMALL, "--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 2, "--scores", scores[0], "--loss_prior", 0.2, "--out_dir", tmp_path / "run"]
+    run("train.py", *flags)
+    before = torch.load(tmp_path / "run" / "ckpt.pt")["args"]["loss_prior"]
+    assert "step 3/3" in run("train.py", "--resume", "--max_steps", 3, "--out_dir", tmp_path / "run").stdout
+    assert torch.load(tmp_path / "run" / "ckpt.pt")["args"]["loss_prior"] == before
+    kept = torch.load(scores[0])
+    ratio = torch.sigmoid(-kept["z_s"]).mean() / torch.sigmoid(-kept["z_u"]).mean()
+    assert before == pytest.approx(0.2 * ratio.item(), rel=1e-6)
+
+
 def test_bad_scores_are_refused(scores, tmp_path):
     some = ["--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 1]
     refused(1, "none.pt does not exist: filter.py writes it", "train.py", *SMALL, *some, "--scores", tmp_path / "none.pt")
@@ -126,5 +137,10 @@ def test_bad_scores_are_refused(scores, tmp_path):
     refused(2, "--keep needs the --scores", "train.py", *SMALL, *some, "--keep", "0.5", "--out_dir", tmp_path / "run")
     refused(2, "--scores and --algorithm oracle", "train.py", *SMALL, *some, "--scores", scores[0], "--algorithm", "oracle", "--out_dir", tmp_path / "run")
     refused(2, "keeps no image of S", "train.py", *SMALL, *some, "--scores", scores[0], "--keep", "0.001", "--out_dir", tmp_path / "run")
+    for damage, status, words in [({"z_u": torch.full((600,), math.nan)}, 1, "is not what filter.py writes"), ({"images": ""}, 2, "is for other images"),
+                                  ({"z_u": torch.ones(600), "z_s": torch.full((100,), -9.0)}, 2, "leave a prior of")]:
+        torch.save({**torch.load(scores[0]), "z_u": torch.zeros(600), **damage}, tmp_path / "bad.pt")
+        refused(status, words, "train.py", *SMALL, *some, "--scores", tmp_path / "bad.pt", "--out_dir", tmp_path / "run")
     refused(2, "need at least 4", "filter.py", "--n_labeled", 3, "--out_dir", tmp_path / "run")
+    refused(2, "already holds scores", "filter.py", "--out_dir", scores[0].parent)
     assert not (tmp_path / "run").exists() and math.isfinite(torch.load(scores[0])["z_u"].sum())

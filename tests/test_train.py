@@ -271,8 +271,7 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
     (["--max_steps", "0"], "--max_steps: 0 is not a positive whole number"),
     (["--sensitive_share", "0.9"], "--sensitive_share 0.9 is above 0.5"),
     (["--batch_size", "1"], "--batch_size 1 leaves no room"),
-    (["--batch_size", "30", "--grad_accum", "4"], "--batch_size 30 cannot be divided evenly among 1 ranks with 4 rounds each"),
-    (["--batch_size", "4", "--grad_accum", "4"], "--batch_size 4 leaves no room for images of both U and S in each of 4 parts"),
+    (["--batch_size", "30", "--grad_accum", "4"], "a batch of 15 images of U and 15 of S cannot be divided evenly among 1 ranks with 4 rounds each"),
     (["--batch_size", "8", "--algorithm", "supervised"], "--batch_size 8 leaves no room"),
     (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 does not fit in 64 bits"),
     (["--device", "banana"], "--device banana is not to be had here"),
@@ -314,6 +313,15 @@ def test_a_run_is_neither_overwritten_nor_bent(small_run):
     refused(2, f"--out_dir {folder} already holds a run", "train.py", *SMALL, "--out_dir", folder)
     refused(2, "--prior cannot change on --resume", "train.py", "--prior", "0.4", "--out_dir", folder, "--resume")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_checkpoint_from_before_a_flag_existed_has_its_default(small_run, tmp_path):
+    shutil.copytree(small_run[0], tmp_path / "run")
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
+    del ckpt["args"]["keep"], ckpt["args"]["scores"], ckpt["args"]["grad_accum"]
+    torch.save(ckpt, tmp_path / "run" / "ckpt.pt")
+    refused(2, "--scores cannot change on --resume: the run in", "train.py", "--scores", "some.pt", "--out_dir", tmp_path / "run", "--resume")
+    assert "step 31/31" in run("train.py", "--max_steps", 31, "--out_dir", tmp_path / "run", "--resume").stdout
 
 
 def test_resuming_from_nothing_or_from_garbage(tmp_path):
