@@ -28,7 +28,7 @@ from data import positive
 from diffusion import GaussianDiffusion
 from pretrained import describe
 from pu_loss import pu_loss
-from unet import PRESETS, UNet, compiled, default_dtype, find_device, preset
+from unet import PRESETS, UNet, compiled, default_dtype, find_device, preset, ranks
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  usage="python bench.py [--flag value ...]")
@@ -53,6 +53,8 @@ try:
     model = UNet(preset(args.model, args.channels, args.image_size)).to(device, memory_format=torch.channels_last)
 except ValueError as e:
     parser.error(e)
+if ranks()[1] > 1:
+    parser.error("bench.py is one process, not for torchrun")
 if args.against:
     try:
         from diffusers import DPMSolverMultistepScheduler, UNet2DModel
@@ -115,16 +117,26 @@ def train_flops() -> int:
     optimizer.zero_grad()
     return counter.get_total_flops()
 
-flops, fast_ema = train_flops() / B, ema    # multiplications and additions of an image, forward and backward
+flops, fast_ema = train_flops() / B, ema    # of an image, forward and backward; on a CPU without those of attention's softmax(QK)V
 if args.compile:
     x_0, eps, t = batch()
     eager = loss_fn
     loss_fn = compiled(eager, lambda fast: fast(x_0, t, eps).backward())
     optimizer.zero_grad()
     args.compile = loss_fn is not eager
+    print(f"compiled and eager loss: {loss_fn(x_0, t, eps).item():.6f} and {eager(x_0, t, eps).item():.6f}")
     with torch.no_grad(), autocast:
         fast_ema = compiled(ema, lambda fast: fast(x_0, t)) if args.compile else ema
-        print(f"compiled and eager loss: {loss_fn(x_0, t, eps):.6f} and {eager(x_0, t, eps):.6f}")
+
+if cuda:
+    torch.cuda.reset_peak_memory_stats()
+train()
+train()
+if cuda:
+    memory = torch.cuda.max_memory_allocated()
+else:
+    from resource import RUSAGE_SELF, getrusage    # not on Windows
+    memory = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # -----------------------------------------------------------------------------
 # the machine's best, and the rival
@@ -204,16 +216,10 @@ def clock(function) -> float:
         torch.accelerator.synchronize()
     return (time.perf_counter() - start) / calls
 
-memory = None
-for name, function in contenders.items():    # warm up, and see what ours needs before the rival has run
+for function in contenders.values():    # warm up
     function()
     function()
     optimizer.zero_grad()
-    if name == "train" and cuda:
-        memory = torch.cuda.max_memory_allocated()
-    elif name == "train":
-        from resource import RUSAGE_SELF, getrusage    # not on Windows
-        memory = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 if device.type != "cpu":
     torch.accelerator.synchronize()
 turns = {name: [] for name in contenders}
