@@ -17,6 +17,7 @@ The PU risk on weighted images is therefore as exact as without them, with prior
 the classifier misses is counted, not forgotten. The less there is of it, the less noise is in the difference of the means.
 """
 import argparse
+import math
 import signal
 import sys
 import time
@@ -90,6 +91,27 @@ def cross_scores(data: Images, u: torch.Tensor, s: torch.Tensor, prior: float, h
     return z_u, z_s
 
 
+def read_weights(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep: float = None) -> tuple:
+    """What main wrote -> how probable each image of U, and of S, is to be drawn, float32: 1 for the fraction `keep` of U of the
+    lowest scores and for what scores no higher in S, 0 for the others; without keep, the probability of being normal.
+    Raises OSError for a file that is missing or something else, ValueError where it is for other images."""
+    try:
+        scores = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--scores {path} does not exist: filter.py writes it") from None
+    except Exception:    # torch.load raises whatever its readers do
+        scores = None
+    if not isinstance(scores, dict) or not {"u", "s", "z_u", "z_s", "images"} <= scores.keys():
+        raise OSError(f"--scores {path} is not what filter.py writes, or is damaged")
+    if not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s) or scores["images"] != digest(data.train):
+        raise ValueError(f"--scores {path} is for other images: say what U and S are, and --seed, as filter.py was told")
+    z_u, z_s = scores["z_u"], scores["z_s"]
+    if not keep:
+        return torch.sigmoid(-z_u), torch.sigmoid(-z_s)
+    threshold = z_u.kthvalue(math.ceil(keep * len(u))).values
+    return (z_u <= threshold).float(), (z_s <= threshold).float()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="python filter.py [--flag value ...]")
@@ -114,6 +136,8 @@ def main():
         args.out_dir.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
         z_u, z_s = cross_scores(data, u, s, args.prior, DATASETS[args.dataset]["hflip"], args.steps, device)
+        if not (z_u.sum() + z_s.sum()).isfinite():
+            raise OSError("the classifier diverged: its scores are not finite")
         order = z_u.argsort()
         n_kept = min(max(1, round((1 - args.prior) * len(u))), len(u) - 1)
         dropped, kept = (u[some[torch.randperm(len(some))[:64]]] for some in [order[n_kept:], order[:n_kept]])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data import DATA_DIR, fetch
-from unet import UNet, UNetConfig, check
+from unet import UNet, UNetConfig, check, read_checkpoint
 
 HUB = "https://huggingface.co"
 
@@ -65,10 +65,13 @@ def diffusers_names(name: str) -> list:
 # reading
 
 def load_pretrained(folder_or_name, data_dir: Path = DATA_DIR) -> tuple:
-    """A folder, or the name of a model on the hub, which is fetched to data_dir once -> the UNet, and the schedule of its
-    diffusion, "linear" or "cosine". Raises OSError where a file is missing or damaged, and for an architecture or a
-    diffusion that is not ours, naming the field."""
+    """A folder, or the name of a model on the hub, which is fetched to data_dir once, or a ckpt.pt of train.py, of which
+    the averaged weights are taken -> the UNet, ready to train, and the schedule of its diffusion, "linear" or "cosine".
+    Raises OSError where a file is missing or damaged, and for an architecture or a diffusion that is not ours, naming the field."""
     folder = Path(folder_or_name)
+    if folder.is_file():
+        ckpt = read_checkpoint(folder)
+        return UNet.from_checkpoint(ckpt).train().requires_grad_(True), ckpt["args"]["schedule"]
     if not folder.exists():
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder_or_name)):
             raise FileNotFoundError(f"{folder} does not exist, and is not the name of a model on the hub either")

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import DATA_DIR, DATASETS, FITS, data_flags, digest, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
+from data import DATA_DIR, DATASETS, FITS, data_flags, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
+from filter import read_weights
 from pretrained import load_pretrained
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
 from unet import PRESETS, UNet, UNetConfig, check, compiled, default_dtype, find_device, first_rank_first, preset, ranks, read_checkpoint
@@ -143,31 +144,11 @@ def check_size(config, channels, size):
         parser.error(f"--init_from {args.init_from} is for {config.image_size}x{config.image_size} images of {config.image_channels} channels, "
                      f"{args.dataset} has {size}x{size} of {channels}")
 
-def read_scores(u, s):
-    try:
-        scores = torch.load(args.scores, weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--scores {args.scores} does not exist: filter.py writes it") from None
-    except Exception:    # torch.load raises whatever its readers do
-        scores = None
-    if not isinstance(scores, dict) or not {"u", "s", "z_u", "z_s", "images"} <= scores.keys() or not (scores["z_u"].sum() + scores["z_s"].sum()).isfinite():
-        raise OSError(f"--scores {args.scores} is not what filter.py writes, or is damaged")
-    if not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s) or scores["images"] != digest(data.train):
-        raise ValueError(f"--scores {args.scores} is for other images: say what U and S are, and --seed, as filter.py was told")
-    return scores
-
 try:
     initial, schedule = None, "linear"
     if args.init_from and not ckpt:
-        if Path(args.init_from).is_file():
-            first = read_checkpoint(args.init_from)
-            try:
-                initial, schedule = UNet.from_checkpoint(first).train().requires_grad_(True), first["args"]["schedule"]
-            except OSError as e:
-                fail(f"--init_from {args.init_from}: {e}")
-        else:
-            with first_rank_first():
-                initial, schedule = load_pretrained(args.init_from, DATA_DIR if args.dataset == "folder" else args.data_dir)
+        with first_rank_first():
+            initial, schedule = load_pretrained(args.init_from, DATA_DIR if args.dataset == "folder" else args.data_dir)
         if args.dataset in ("folder", "celeba"):
             args.image_size = args.image_size or initial.config.image_size
             args.channels = args.channels or initial.config.image_channels
@@ -183,12 +164,7 @@ try:
     w_u = w_s = None    # weights of the images
     counts = [len(u), len(s)]
     if args.scores:
-        scores = read_scores(u, s)
-        if args.keep:
-            threshold = scores["z_u"].kthvalue(math.ceil(args.keep * len(u))).values
-            w_u, w_s = ((scores[z] <= threshold).float() for z in ["z_u", "z_s"])
-        else:
-            w_u, w_s = (torch.sigmoid(-scores[z]) for z in ["z_u", "z_s"])
+        w_u, w_s = read_weights(args.scores, data, u, s, args.keep)
         counts = [float(w_u.sum()), float(w_s.sum())]
     if not ckpt:    # by the weights, E_U[w l] = prior_left E_S[w l] + (1 - prior_left) E_N[w l], each mean over its own weights
         args.loss_prior = (args.loss_prior or args.prior) * (counts[1] / len(s)) / (counts[0] / len(u))

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results" / "mnist.jsonl"
+RESULTS = ROOT / "results" / "mnist.jsonl"        # of evaluate.py, for models trained with different flags
+SAMPLERS = ROOT / "results" / "samplers.jsonl"    # of evaluate.py with different flags, for one model
 STEPS = 2000    # of every run that does not say otherwise
 
 
@@ -44,9 +45,14 @@ TABLES = {    # title: rows of a name and the flags of train.py
 SEEDS = {name: [f"--prior 0.5 --algorithm {name}{seed}" for seed in ["", " --seed 1", " --seed 2"]] for name in ["unsupervised", "pu"]}
 
 
-def results() -> dict:
-    """-> what evaluate.py said of each run, by the flags that it was trained with"""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+SAMPLED = f"{PU} --max_steps 4000"    # the model that is sampled in different ways
+WAYS = {f"--sampler {sampler} --steps {steps} --n 2000": (sampler, steps)
+        for sampler, steps in [(sampler, steps) for steps in [10, 20, 50] for sampler in ["ddpm", "ddim", "dpm++"]] + [("ddpm", 1000)]}
+
+
+def results(path: Path = RESULTS) -> dict:
+    """-> what evaluate.py said, by the flags that the model was trained with, or that evaluate.py was given"""
+    lines = path.read_text().splitlines() if path.exists() else []
     return {figures.pop("flags"): figures for figures in map(json.loads, lines)}
 
 
@@ -57,14 +63,18 @@ def train(flags: str, env: dict):
 
 
 def train_and_evaluate(flags: str, threads: int):
-    out_dir, env = folder(flags), {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for base in BASES:
         if f"{folder(base)}/ckpt.pt" in flags:
             train(base, env)
     train(flags, env)
-    evaluate = [sys.executable, "evaluate.py", "--ckpt", f"{out_dir}/ckpt.pt"]
-    figures = json.loads(subprocess.run(evaluate, check=True, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-    with RESULTS.open("a") as file:
+    evaluate(f"--ckpt {folder(flags)}/ckpt.pt", env, flags, RESULTS)
+
+
+def evaluate(how: str, env: dict, flags: str, path: Path):
+    command = [sys.executable, "evaluate.py", *how.split()]
+    figures = json.loads(subprocess.run(command, check=True, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    with path.open("a") as file:
         file.write(json.dumps({"flags": flags, **figures}) + "\n")
     print(f"{flags}: done", file=sys.stderr, flush=True)
 
@@ -84,6 +94,12 @@ def tables() -> str:
                 rate = f"{r['rate']:.3f} ({r['rate_low']:.3f} to {r['rate_high']:.3f})"
                 steps = "" if "--max_steps" in flags else f" --max_steps {STEPS}"
                 lines.append(row(name, rate, f"{r['fid']:.1f}", f"{r['fid_floor']:.1f}", f"{r['train_seconds'] / 60:.0f}", f"`{flags}{steps}`"))
+    found_ways = results(SAMPLERS)
+    if found_ways:
+        lines += ["", row("2,000 images of pu, 4000 steps", "ddpm", "ddim", "dpm++"), row(*["---"] * 4)]
+        for steps in sorted({steps for _, steps in WAYS.values()}):
+            cells = [found_ways.get(f"--sampler {sampler} --steps {steps} --n 2000") for sampler in ["ddpm", "ddim", "dpm++"]]
+            lines.append(row(f"{steps} steps: rate, FID", *(f"{r['rate']:.3f}, {r['fid']:.2f}" if r else "" for r in cells)))
     lines.append("")
     for name, runs in SEEDS.items():
         if all(flags in found for flags in runs):
@@ -107,6 +123,10 @@ if __name__ == "__main__":
             for later in [False, True]:    # what starts from another run comes later, one at a time
                 with ThreadPoolExecutor(1 if later else args.jobs) as pool:
                     list(pool.map(lambda flags: train_and_evaluate(flags, threads), [f for f in missing if ("--init_from" in f) == later]))
+            env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(lambda how: evaluate(f"--ckpt {folder(SAMPLED)}/ckpt.pt {how}", env, how, SAMPLERS),
+                              [how for how in WAYS if how not in results(SAMPLERS)]))
         except subprocess.CalledProcessError as e:
             sys.exit(f"results/table.py: error: {' '.join(map(str, e.cmd))} failed with status {e.returncode}: see above")
     print(tables())
