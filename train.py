@@ -185,7 +185,7 @@ except OSError as e:
     fail(e)
 args.max_steps = args.max_steps or math.ceil(20 * len(u) / args.batch_size)
 if ckpt and ckpt["counts"] != counts:
-    fail(f"{args.scores or args.data_dir} holds something else than when the run began: U and S had {ckpt['counts']}, now {counts}")
+    fail(f"{args.scores or args.data_dir} holds other {'scores' if args.scores else 'images'} than when the run began: U and S had {ckpt['counts']}, now {counts}")
 images = data.train
 if (len(u) + len(s)) * images[0].numel() <= FITS:
     images = torch.cat([images[u], images[s]]).to(device)

@@ -301,7 +301,7 @@ def test_preview(tmp_path):
     printed = run("data.py", "--dataset", "mnist", "--prior", "1/11", "--preview", tmp_path / "p.png").stdout
     assert "U has 27,500, S has 2,500; 4,926 normal test images" in printed and "in U: 2,500, which is 0.09091 of it" in printed
     assert Image.open(tmp_path / "p.png").size == (2 * (8 * 29 - 1) + 12, 8 * 29 - 1)
-    refused(2, "unknown data set 'x'", "data.py", "--dataset", "x")
+    refused(2, "--dataset: invalid choice: 'x'", "data.py", "--dataset", "x")
     refused(1, "list_attr_celeba.txt", "data.py", "--dataset", "celeba", "--data_dir", tmp_path)
 
 
