@@ -5,52 +5,76 @@ The Gaussian diffusion: how images become noise, the loss of a network that pred
     loss = diffusion.per_image_loss(model, x_0)                 # [B, C, H, W] in [-1, 1] -> [B]
     x_0 = diffusion.sample(model, (64, 1, 28, 28), steps=20)    # -> [64, 1, 28, 28] in [-1, 1]
 
-DDPM (Ho et al. 2020, arXiv:2006.11239), DDIM (Song et al. 2021, arXiv:2010.02502),
-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672).
+DDPM (Ho et al. 2020, arXiv:2006.11239), DDIM (Song et al. 2021, arXiv:2010.02502), DPM-Solver++ (Lu et al. 2022,
+arXiv:2211.01095), cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v (Salimans & Ho 2022, arXiv:2202.00512),
+noise levels (EDM, Karras et al. 2022, arXiv:2206.00364).
 """
 import math
 import sys
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 
 class GaussianDiffusion(nn.Module):
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) for t = 0 ... T-1. A module without parameters,
     so that .to(device) takes the tables along."""
 
-    def __init__(self, T: int = 1000, schedule: str = "linear"):
-        """schedule: "linear", betas from 1e-4 to 0.02 (DDPM, section 4), or "cosine" (Nichol & Dhariwal, eq. 17).
-        Raises ValueError for any other."""
+    def __init__(self, T: int = 1000, schedule: str = "linear", prediction: str = "eps"):
+        """schedule: "linear", betas from 1e-4 to 0.02 (DDPM, section 4), "cosine" (Nichol & Dhariwal, eq. 17), or
+        "lognormal", the signal-to-noise ratios that EDM trains on (Karras et al., table 1), at more noise: log SNR ~ N(-0.5, 2^2).
+        prediction: what networks output, "eps" or "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho,
+        section 4), the part of eps that x_t does not tell. Where x_t is nearly all noise, a network for eps copies its
+        input, to many digits if x_0 is to be right; one for v says what it thinks of x_0. Raises ValueError for any other."""
         super().__init__()
         if schedule == "linear":
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
         elif schedule == "cosine":
             f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        elif schedule == "lognormal":
+            quantiles = torch.special.ndtri((torch.arange(T, dtype=torch.float64) + 0.5) / T)
+            alpha_bar = torch.sigmoid(-0.5 - 2 * quantiles)
+            beta = 1 - alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1)
         else:
-            raise ValueError(f"unknown schedule {schedule!r}: choose linear or cosine")
+            raise ValueError(f"unknown schedule {schedule!r}: choose linear, cosine or lognormal")
+        if prediction not in ("eps", "v"):
+            raise ValueError(f"unknown prediction {prediction!r}: choose eps or v")
         alpha_bar = (1 - beta).cumprod(0)
-        self.T, self.schedule = T, schedule
+        self.T, self.schedule, self.prediction = T, schedule, prediction
         self.alpha_bar = alpha_bar.tolist()    # float64, for the sampler
         self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)        # sqrt(alpha_bar_t)
         self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)   # sqrt(1 - alpha_bar_t)
 
+    @classmethod
+    def from_checkpoint(cls, ckpt: dict) -> "GaussianDiffusion":
+        """The diffusion that the network in a checkpoint was trained for (see unet.read_checkpoint)."""
+        return cls(1000, ckpt["args"]["schedule"], ckpt["args"].get("prediction", "eps"))    # older ones do not say
+
     def q_sample(self, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """x_0 [B, ...], t [B] in [0, T), eps like x_0, standard normal -> x_t like x_0 (DDPM, eq. 4)."""
-        shape = [-1] + [1] * (x_0.ndim - 1)
-        return self.signal[t].view(shape) * x_0 + self.noise[t].view(shape) * eps
+        signal, noise = self.at(t, x_0)
+        return signal * x_0 + noise * eps
+
+    def at(self, t: torch.Tensor, x: torch.Tensor) -> tuple:
+        """t [B], x [B, ...] -> sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), [B, 1, ...] to go with x."""
+        shape = [-1] + [1] * (x.ndim - 1)
+        return self.signal[t].view(shape), self.noise[t].view(shape)
 
     def per_image_loss(self, model, x_0: torch.Tensor, t=None, eps=None) -> torch.Tensor:
-        """l(x_0) = ||eps - model(x_t, t)||^2, summed over pixels: one sample of the simplified negative ELBO
-        (DDPM, eq. 14, before its mean over images). x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast.
-        t [B] and eps (like x_0) are drawn uniform and standard normal where they are not given."""
+        """l(x_0) = ||eps - model(x_t, t)||^2, summed over pixels: one sample of the simplified negative ELBO (DDPM, eq. 14,
+        before its mean over images); or ||v - model(x_t, t)||^2, which is the same term divided by alpha_bar_t.
+        x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast. t [B] and eps (like x_0) are drawn uniform and standard normal where they are not given."""
         if t is None:
             t = torch.randint(self.T, (len(x_0),), device=x_0.device)
         if eps is None:
             eps = torch.randn_like(x_0)
-        error = eps.float() - model(self.q_sample(x_0, t, eps), t).float()
-        return error.square().flatten(1).sum(1)
+        target, out = eps.float(), model(self.q_sample(x_0, t, eps), t).float()
+        if self.prediction == "v":
+            signal, noise = self.at(t, x_0)
+            target = signal * eps - noise * x_0
+        return (target - out).square().flatten(1).sum(1)
 
     def times(self, steps: int, spacing: str) -> list:
         """The timesteps a sampler visits: T-1, ..., -1, where -1 stands for the clean image. "uniform": equally
@@ -92,8 +116,12 @@ class GaussianDiffusion(nn.Module):
         for i, (t, s) in enumerate(zip(times[:-1], times[1:])):    # one step: from x_t to x_s, s < t
             ab_t = self.alpha_bar[t]
             ab_s = self.alpha_bar[s] if s >= 0 else 1.0
-            eps = model(x, torch.full((shape[0],), t, device=device)).float()
-            x_0 = ((x - (1 - ab_t) ** 0.5 * eps) / ab_t ** 0.5).clamp(-1, 1)
+            out = model(x, torch.full((shape[0],), t, device=device)).float()
+            if self.prediction == "v":
+                x_0 = ab_t ** 0.5 * x - (1 - ab_t) ** 0.5 * out
+            else:
+                x_0 = (x - (1 - ab_t) ** 0.5 * out) / ab_t ** 0.5
+            x_0 = x_0.clamp(-1, 1)
 
             if sampler == "dpm++" and s >= 0:    # the last step, to alpha_bar = 1, is of first order
                 h = 0.5 * math.log(ab_s * (1 - ab_t) / ((1 - ab_s) * ab_t))    # step in log(signal / noise)

@@ -32,7 +32,7 @@ from PIL import Image
 
 from data import DATA_DIR, DATASETS, FITS, decode, has_class, load, no_pngs, parse_classes, positive, save_grid, save_png
 from sample import draw, open_model, sampling_flags
-from unet import find_device, first_rank_first, ranks
+from unet import find_device, first_rank_first, ranks, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # the judge
@@ -202,8 +202,7 @@ def main():
     flag("--sensitive", help="classes or groups, with commas (default: the checkpoint's, or the data set's)")
     flag("--out_dir", type=Path, help="where evaluation.png goes, the first 100 images, sensitive ones framed "
                                       "(default: the checkpoint's folder, or the current one)")
-    sampling_flags(parser)
-    parser.set_defaults(n=5000)
+    sampling_flags(parser, n=5000)
     args = parser.parse_args()
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\nevaluate.py: interrupted"))
     if args.ckpt and args.images or not (args.ckpt or args.images or args.export_real):
@@ -213,14 +212,14 @@ def main():
 
     # what was trained, and the data set
     try:
+        ckpt = read_checkpoint(args.ckpt) if args.ckpt else {}
         if args.export_real:
             no_pngs(args.export_real, "--export_real")    # before the ranks meet, so that none has written yet
         device = find_device(args.device)
         rank, world = ranks()
-        run = {}
+        run = ckpt.get("args", {})
         if args.ckpt:
-            ckpt, model, diffusion = open_model(args, device)
-            run = ckpt["args"]
+            model, diffusion = open_model(ckpt, args, device)
             if args.dataset not in (None, run["dataset"]):
                 parser.error(f"--dataset {args.dataset} is not what {args.ckpt} was trained on, {run['dataset']}")
             if run["dataset"] == "folder":

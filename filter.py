@@ -1,23 +1,24 @@
 """
-Which images of U are probably sensitive? A positive-unlabeled classifier: a rival of the PU diffusion model, or its ally.
+Which images of U are probably sensitive? A positive-unlabeled classifier, which train.py trains first and asks.
 
-    python filter.py --dataset mnist --prior 0.5            # scores U and S: out/filter-mnist-0.5/scores.pt, and what it would drop
-    S="--prior 0.5 --scores out/filter-mnist-0.5/scores.pt"
-    python train.py $S --keep 0.45 --algorithm unsupervised # the rival: drop what scores high, then train as usual
-    python train.py $S                                      # the ally: images count by their score, and the PU risk sees to the rest
+    python filter.py --dataset mnist --prior 0.5            # out/filter-mnist-0.5/scores.pt, a picture, and what is to be expected
+    python train.py --prior 0.5                             # the same first, then the PU risk on what is kept: fewer to push away
+    python train.py --prior 0.5 --scores out/filter-mnist-0.5/scores.pt --algorithm unsupervised    # the rival: no PU risk
 
 The classifier is trained without a labeled normal image, by the non-negative risk of Kiryo et al. 2017 (arXiv:1703.00593).
 Both classes weigh the same in it, for a rare one would be ignored (Su et al., Positive-Unlabeled Learning from
 Imbalanced Data, IJCAI 2021). U and S are each cut into two halves; the network that scores one half is trained on the
 other. So it has seen none of the images that it scores, and what it does to those of S it does to the sensitive ones of U:
 
-    E_U[w l] = prior E_S[w l] + (1 - prior) E_N[w l]        for any weight w(x) between 0 and 1, such as "kept or not".
+    E_U[kept l] = prior E_S[kept l] + (1 - prior) E_N[kept l]        where kept(x) is 1 or 0, by the score of x
 
-The PU risk on weighted images is therefore as exact as without them, with prior E_S[w] / E_U[w] in the place of prior: what
-the classifier misses is counted, not forgotten. The less there is of it, the less noise is in the difference of the means.
+The PU risk on the images that are kept, of U and of S, is therefore as exact as on all, with the prior P_S(kept) / P_U(kept)
+times what it was: what the classifier misses is counted, not forgotten. And it is far less noisy, for to know E_N[l] from
+E_U[l] - prior E_S[l] takes ((1 + prior) / (1 - prior))^2 times as many images as from N itself: nine times as many at 0.5.
 """
 import argparse
 import math
+import os
 import signal
 import sys
 import time
@@ -29,6 +30,8 @@ import torch.nn.functional as F
 from data import DATASETS, Images, data_flags, digest, has_class, load, parse_classes, positive, save_grids, split
 from evaluate import Classifier
 from unet import find_device, ranks
+
+STEPS = 500    # of training a classifier
 
 
 def nnpu_loss(z_u: torch.Tensor, z_s: torch.Tensor, prior: float) -> torch.Tensor:
@@ -91,10 +94,32 @@ def cross_scores(data: Images, u: torch.Tensor, s: torch.Tensor, prior: float, h
     return z_u, z_s
 
 
-def read_weights(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep: float = None) -> tuple:
-    """What main wrote -> how probable each image of U, and of S, is to be drawn, float32: 1 for the fraction `keep` of U of the
-    lowest scores and for what scores no higher in S, 0 for the others; without keep, the probability of being normal.
-    Raises OSError for a file that is missing or something else, ValueError where it is for other images."""
+def write_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool, seed: int,
+                 device: torch.device, steps: int = None) -> tuple:
+    """cross_scores of u and s, which also go to a file that read_weights reads; torch's generators stay as they are.
+    Raises ValueError for fewer than 4 images of either, OSError where the file cannot be written or training diverged."""
+    if min(len(u), len(s)) < 4:
+        raise ValueError(f"U has {len(u)} images and S {len(s)}: the two classifiers need at least 4 of each (train.py --scores none does without)")
+    try:    # better to fail now than after the training
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(f"--out_dir {path.parent} cannot be written: {e}") from None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        z_u, z_s = cross_scores(data, u, s, prior, hflip, steps or STEPS, device)
+    if not (z_u.sum() + z_s.sum()).isfinite():
+        raise OSError("the classifier diverged: its scores are not finite")
+    try:
+        torch.save(dict(u=u, s=s, z_u=z_u, z_s=z_s, images=digest(data.train)), f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except RuntimeError as e:    # a full disk, to torch.save
+        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
+    return z_u, z_s
+
+
+def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep: float) -> tuple:
+    """What write_scores wrote -> those of u that are kept, the fraction `keep` of the lowest scores, and those of s that score no
+    higher. Raises OSError for a file that is missing or something else, ValueError where it is for other images."""
     try:
         scores = torch.load(path, weights_only=True)
     except FileNotFoundError:
@@ -106,10 +131,8 @@ def read_weights(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, kee
     if not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s) or scores["images"] != digest(data.train):
         raise ValueError(f"--scores {path} is for other images: say what U and S are, and --seed, as filter.py was told")
     z_u, z_s = scores["z_u"], scores["z_s"]
-    if not keep:
-        return torch.sigmoid(-z_u), torch.sigmoid(-z_s)
     threshold = z_u.kthvalue(math.ceil(keep * len(u))).values
-    return (z_u <= threshold).float(), (z_s <= threshold).float()
+    return u[z_u <= threshold], s[z_s <= threshold]
 
 
 def main():
@@ -117,7 +140,7 @@ def main():
                                      usage="python filter.py [--flag value ...]")
     flag = parser.add_argument
     data_flags(parser)
-    flag("--steps", type=positive, default=500, help="of training, for each of two classifiers (default: 500)")
+    flag("--steps", type=positive, default=STEPS, help=f"of training, for each of two classifiers (default: {STEPS})")
     flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     flag("--out_dir", type=Path, help="where scores.pt and dropped.png go (default: out/filter-DATASET-PRIOR)")
     args = parser.parse_args()
@@ -131,23 +154,15 @@ def main():
             parser.error(f"--out_dir {args.out_dir} already holds scores, which a run may be using: name another folder")
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
         u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
-        if min(len(u), len(s)) < 4:
-            parser.error(f"U has {len(u)} images and S {len(s)}: the two classifiers need at least 4 of each")
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(args.seed)
-        z_u, z_s = cross_scores(data, u, s, args.prior, DATASETS[args.dataset]["hflip"], args.steps, device)
-        if not (z_u.sum() + z_s.sum()).isfinite():
-            raise OSError("the classifier diverged: its scores are not finite")
+        z_u, z_s = write_scores(args.out_dir / "scores.pt", data, u, s, args.prior, DATASETS[args.dataset]["hflip"], args.seed, device, args.steps)
         order = z_u.argsort()
         n_kept = min(max(1, round((1 - args.prior) * len(u))), len(u) - 1)
         dropped, kept = (u[some[torch.randperm(len(some))[:64]]] for some in [order[n_kept:], order[:n_kept]])
         save_grids([data.train[dropped], data.train[kept]], args.out_dir / "dropped.png")
-        torch.save(dict(u=u, s=s, z_u=z_u, z_s=z_s, images=digest(data.train)), args.out_dir / "scores.tmp")
-        (args.out_dir / "scores.tmp").rename(args.out_dir / "scores.pt")
     except ValueError as e:
         parser.error(e)
-    except (OSError, RuntimeError) as e:    # RuntimeError: a full disk, to torch.save
-        sys.exit(f"filter.py: error: {str(e).splitlines()[0]}")
+    except OSError as e:
+        sys.exit(f"filter.py: error: {e}")
 
     labeled = args.dataset != "folder"    # then we can look, as nobody could in practice
     if labeled:

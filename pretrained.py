@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data import DATA_DIR, fetch
+from diffusion import GaussianDiffusion
 from unet import UNet, UNetConfig, check, read_checkpoint
 
 HUB = "https://huggingface.co"
@@ -31,10 +32,13 @@ DEFAULTS = {    # the others, with what diffusers takes where they are absent
     "norm_num_groups": 32, "dropout": 0.0, "norm_eps": 1e-5, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
 }
 SCHEDULER = {    # of scheduler_config.json, likewise
-    "num_train_timesteps": 1000, "prediction_type": "epsilon", "trained_betas": None, "beta_start": 1e-4, "beta_end": 0.02,
-    "rescale_betas_zero_snr": False, "thresholding": False,
+    "num_train_timesteps": 1000, "trained_betas": None, "beta_start": 1e-4, "beta_end": 0.02, "rescale_betas_zero_snr": False,
+    "thresholding": False,
 }
-SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+OURS = {    # and what has other names there
+    "beta_schedule": {"linear": "linear", "squaredcos_cap_v2": "cosine"},
+    "prediction_type": {"epsilon": "eps", "v_prediction": "v"},
+}
 
 NAMES = [    # our tensors -> theirs; qkv is to_q, to_k and to_v below one another
     (r"^time\.0", "time_embedding.linear_1"),
@@ -66,19 +70,19 @@ def diffusers_names(name: str) -> list:
 
 def load_pretrained(folder_or_name, data_dir: Path = DATA_DIR) -> tuple:
     """A folder, or the name of a model on the hub, which is fetched to data_dir once, or a ckpt.pt of train.py, of which
-    the averaged weights are taken -> the UNet, ready to train, and the schedule of its diffusion, "linear" or "cosine".
+    the averaged weights are taken -> the UNet, ready to train, and its diffusion.
     Raises OSError where a file is missing or damaged, and for an architecture or a diffusion that is not ours, naming the field."""
     folder = Path(folder_or_name)
     if folder.is_file():
         ckpt = read_checkpoint(folder)
-        return UNet.from_checkpoint(ckpt).train().requires_grad_(True), ckpt["args"]["schedule"]
+        return UNet.from_checkpoint(ckpt).train().requires_grad_(True), GaussianDiffusion.from_checkpoint(ckpt)
     if not folder.exists():
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder_or_name)):
             raise FileNotFoundError(f"{folder} does not exist, and is not the name of a model on the hub either")
         folder = fetch_pretrained(str(folder_or_name), Path(data_dir))
     inner = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    schedule = read_schedule(scheduler if scheduler.exists() else folder / "scheduler_config.json")
+    diffusion = read_diffusion(scheduler if scheduler.exists() else folder / "scheduler_config.json")
     model = UNet(read_config(inner / "config.json"))
     weights, state = read_weights(inner), {}
     try:
@@ -91,7 +95,7 @@ def load_pretrained(folder_or_name, data_dir: Path = DATA_DIR) -> tuple:
         raise OSError(f"the weights in {inner} do not fit its config.json: {str(e).splitlines()[-1].strip()}") from None
     if weights:
         raise OSError(f"the weights in {inner} have a {min(weights)}, which its config.json does not ask for")
-    return model, schedule
+    return model, diffusion
 
 
 def fetch_pretrained(name: str, data_dir: Path) -> Path:
@@ -109,7 +113,7 @@ def fetch_pretrained(name: str, data_dir: Path) -> Path:
             folder.rmdir()
         raise OSError(f"{name} is neither a folder here nor a model that could be fetched from the hub: {e}") from None
     get("scheduler_config.json", "scheduler")
-    read_config(folder / "config.json"), read_schedule(folder / "scheduler_config.json")    # before the gigabytes
+    read_config(folder / "config.json"), read_diffusion(folder / "scheduler_config.json")    # before the gigabytes
     if not (folder / "diffusion_pytorch_model.safetensors").exists():
         try:
             get("diffusion_pytorch_model.bin", "unet")
@@ -134,15 +138,16 @@ def refusal(path: Path, found: dict, name: str) -> OSError:
     return OSError(f"{path}: {name} = {json.dumps(found.get(name))} is not something that this project can honour")
 
 
-def read_schedule(path: Path) -> str:
-    found = {**SCHEDULER, "beta_schedule": "linear", **read_json(path)}
-    schedule = SCHEDULES.get(found["beta_schedule"])
-    if schedule is None:
-        raise refusal(path, found, "beta_schedule")
+def read_diffusion(path: Path) -> GaussianDiffusion:
+    found = {**SCHEDULER, "beta_schedule": "linear", "prediction_type": "epsilon", **read_json(path)}
+    for name, known in OURS.items():
+        if found[name] not in list(known):
+            raise refusal(path, found, name)
+    schedule, prediction = (known[found[name]] for name, known in OURS.items())
     for name, value in SCHEDULER.items():
         if found[name] != value and not (schedule == "cosine" and name.startswith("beta_")):
             raise refusal(path, found, name)
-    return schedule
+    return GaussianDiffusion(1000, schedule, prediction)
 
 
 def read_config(path: Path) -> UNetConfig:
@@ -202,9 +207,9 @@ def describe(config: UNetConfig) -> dict:
                 up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)])
 
 
-def save_pretrained(model: UNet, schedule: str, folder: Path):
-    """Writes a folder that DDPMPipeline.from_pretrained reads, and load_pretrained. schedule: "linear" or "cosine".
-    Raises ValueError for what that library's U-Net does not have, OSError where the folder cannot be written."""
+def save_pretrained(model: UNet, diffusion: GaussianDiffusion, folder: Path):
+    """Writes a folder that DDPMPipeline.from_pretrained reads, and load_pretrained. Raises ValueError for what that
+    library's U-Net does not have, OSError where the folder cannot be written."""
     if model.config.patch > 1 or model.config.pad:
         raise ValueError(f"the diffusers format has no words for patch = {model.config.patch}, pad = {model.config.pad} in this model's config: "
                          f"only for 1 and 0")
@@ -212,7 +217,9 @@ def save_pretrained(model: UNet, schedule: str, folder: Path):
     for name, tensor in model.state_dict().items():
         theirs = diffusers_names(name)
         weights |= zip(theirs, (part.clone() for part in tensor.cpu().chunk(len(theirs))))
-    scheduler = dict(SCHEDULER, _class_name="DDPMScheduler", beta_schedule={ours: theirs for theirs, ours in SCHEDULES.items()}[schedule])
+    scheduler = dict(SCHEDULER, _class_name="DDPMScheduler")
+    for (name, known), ours in zip(OURS.items(), [diffusion.schedule, diffusion.prediction]):
+        scheduler[name] = next(theirs for theirs, value in known.items() if value == ours)
     index = dict(_class_name="DDPMPipeline", unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDPMScheduler"])
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -23,10 +23,10 @@ from pretrained import save_pretrained
 from unet import UNet, compiled, default_dtype, find_device, ranks, read_checkpoint
 
 
-def sampling_flags(parser):
-    """Adds the flags that open_model and draw read."""
+def sampling_flags(parser, n: int):
+    """Adds the flags that open_model and draw read, for n images unless told otherwise."""
     flag = parser.add_argument
-    flag("--n", type=positive, help="number of images")
+    flag("--n", type=positive, default=n, help=f"number of images (default: {n})")
     flag("--steps", type=positive, default=20, help="network evaluations an image, 1 to 1000 (default: 20)")
     flag("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"], help="ddpm wants 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
     flag("--seed", type=seed, default=0, help="of all noise (default: 0)")
@@ -36,15 +36,14 @@ def sampling_flags(parser):
     flag("--compile", action="store_true", help="torch.compile the network, which takes a minute or so: for many images or steps")
 
 
-def open_model(args, device: torch.device) -> tuple:
-    """-> the checkpoint in args.ckpt, its network and its diffusion, on the device. Raises OSError where it cannot be read,
-    ValueError where args.steps are too many."""
-    ckpt = read_checkpoint(args.ckpt)
+def open_model(ckpt: dict, args, device: torch.device) -> tuple:
+    """-> the network of a checkpoint and its diffusion, on the device. Raises OSError where they are not ours, ValueError
+    where args.steps are too many."""
     model = UNet.from_checkpoint(ckpt).to(device, memory_format=torch.channels_last)
-    diffusion = GaussianDiffusion(1000, ckpt["args"]["schedule"]).to(device)
+    diffusion = GaussianDiffusion.from_checkpoint(ckpt).to(device)
     if args.steps > diffusion.T:
         raise ValueError(f"--steps {args.steps} is more than the {diffusion.T} timesteps of the diffusion")
-    return ckpt, model, diffusion
+    return model, diffusion
 
 
 def draw(args, model: UNet, diffusion: GaussianDiffusion, out_dir: Path = None) -> torch.Tensor:
@@ -87,18 +86,18 @@ def main():
     flag("--grid", type=Path, help="PNG to write all images to, side by side (default: samples.png, unless another result is asked for)")
     flag("--out_dir", type=Path, help="folder to write 00000.png, 00001.png, ... to")
     flag("--save_diffusers", type=Path, help="folder to write the model to, in the diffusers format; samples only if --grid or --out_dir is given too")
-    sampling_flags(parser)
-    parser.set_defaults(n=64)
+    sampling_flags(parser, n=64)
     args = parser.parse_args()
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\nsample.py: interrupted"))
     if not (args.grid or args.out_dir or args.save_diffusers):
         args.grid = Path("samples.png")
 
     try:
+        ckpt = read_checkpoint(args.ckpt)
         if args.out_dir:
             no_pngs(args.out_dir, "--out_dir")    # before the ranks meet, so that none has written yet
         device = find_device(args.device)
-        ckpt, model, diffusion = open_model(args, device)
+        model, diffusion = open_model(ckpt, args, device)
         rank, world = ranks()
         if args.grid and rank == 0:
             if args.grid.suffix.lower() != ".png":    # such as the checkpoint's own name
@@ -111,7 +110,7 @@ def main():
         if args.save_diffusers and rank == 0:
             if args.save_diffusers.is_dir() and any(args.save_diffusers.iterdir()):
                 parser.error(f"--save_diffusers {args.save_diffusers} is not empty: name another folder")
-            save_pretrained(model, diffusion.schedule, args.save_diffusers)
+            save_pretrained(model, diffusion, args.save_diffusers)
             print(f"the model, in the diffusers format: {args.save_diffusers}")
     except ValueError as e:
         parser.error(e)

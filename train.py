@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from data import DATA_DIR, DATASETS, FITS, data_flags, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
-from filter import read_weights
+from filter import read_scores, write_scores
 from pretrained import load_pretrained
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
 from unet import PRESETS, UNet, UNetConfig, check, compiled, default_dtype, find_device, first_rank_first, preset, ranks, read_checkpoint
@@ -46,16 +46,19 @@ flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "
           "U alone, by labels that nobody has in practice (default: pu)")
 flag("--correction", default="abs", choices=["abs", "nn", "none"],
      help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
-flag("--scores", type=Path, help="what filter.py says of the images of U and S: the higher it scores one, the rarer it is drawn")
-flag("--keep", type=fraction, help="with --scores: draw alike from this fraction of U, of the lowest scores, and not at all from the rest")
+flag("--scores", help="a file of filter.py: do without those images of U and S that score high; auto: have it made first, in --out_dir; "
+                      "none: keep all, which for pu is the paper's method (default: auto for pu, none for others)")
+flag("--keep", type=fraction, help="with scores: the fraction of U to keep (default: 0.9 of the normal ones, 0.9 (1 - prior))")
 flag("--init_from", help="start from this model, not from random weights: a ckpt.pt of train.py, a folder in the diffusers format, "
                          "or the name of one on the hub, such as google/ddpm-cifar10-32")
-flag("--schedule", choices=["linear", "cosine"], help="noise schedule (default: linear, or that of --init_from)")
+flag("--schedule", choices=["linear", "cosine", "lognormal"], help="noise schedule (default: lognormal for tiny, linear for others, or that of --init_from)")
+flag("--prediction", choices=["eps", "v"], help="what the network says, from which its eps is computed (default: v for tiny, eps for others, or that of --init_from)")
 flag("--model", choices=list(PRESETS), help="network (default: tiny for digits and clothes, paper for photographs)")
 flag("--batch_size", type=positive, help="images a step, from U and S together (default: 128; stl10: 32, celeba: 16)")
 flag("--grad_accum", type=positive, default=1,
      help="rounds in which each step goes through its batch, for batches that do not fit into memory at once (default: 1)")
-flag("--sensitive_share", type=fraction, default=0.5, help="share of each batch that pu draws from S, at most 0.5 (default: 0.5)")
+flag("--sensitive_share", type=fraction, help="share of each batch that pu draws from S, at most 0.5 (default: what makes E_U[l] - prior E_S[l] "
+                                              "least noisy, prior / (1 + prior), as a multiple of 8 images)")
 flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper, the size of U times 20 / --batch_size with --init_from)")
 flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper and with --init_from)")
 flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")
@@ -85,7 +88,8 @@ if args.resume:
         ckpt = read_checkpoint(ckpt_path)
     except OSError as e:
         fail(e)
-    saved = {**vars(parser.parse_args([])), **ckpt["args"]}
+    saved = {**vars(parser.parse_args([])), "prediction": "eps", **ckpt["args"]}    # for runs that are older than a flag
+    saved["scores"] = saved["scores"] or "none"
     parser.set_defaults(**saved)    # the run's own flags, unless given again
     args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
     for name, value in saved.items():
@@ -97,21 +101,23 @@ elif ckpt_path.exists():
 if args.init_from and args.model:
     parser.error(f"--model {args.model} cannot go with --init_from, which brings its own network")
 info = {name: value for name, value in DATASETS[args.dataset].items() if not (args.init_from and name in ("model", "image_size", "channels"))}
-RECIPES = {"tiny": dict(lr=2e-3, warmup_steps=200, max_steps=4000), "paper": dict(lr=1e-4, warmup_steps=500, max_steps=20000),
-           "init_from": dict(lr=1e-4, warmup_steps=500)}    # its max_steps depend on the size of U
+RECIPES = {"tiny": dict(lr=2e-3, warmup_steps=200, max_steps=4000, schedule="lognormal", prediction="v"),
+           "paper": dict(lr=1e-4, warmup_steps=500, max_steps=20000, schedule="linear", prediction="eps"),
+           "init_from": dict(lr=1e-4, warmup_steps=500)}    # its max_steps depend on the size of U, the others on the model
 recipe = "init_from" if args.init_from else args.model or info["model"]
 for defaults in [info, RECIPES.get(recipe, RECIPES["paper"])]:    # what was not asked for
     for name, value in defaults.items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
-if args.sensitive_share > 0.5:
+args.scores = args.scores or ("auto" if args.algorithm == "pu" else "none")
+if args.sensitive_share and args.sensitive_share > 0.5:
     parser.error(f"--sensitive_share {args.sensitive_share} is above 0.5: every image of S is paired with one of U")
 for name in ["lr", "grad_clip"]:
     if not 0 < getattr(args, name) < math.inf:
         parser.error(f"--{name} must be a positive number")
-if args.keep and not args.scores:
-    parser.error("--keep needs the --scores of filter.py")
-if args.scores and args.algorithm == "oracle":
+if args.keep and args.scores == "none":
+    parser.error("--keep needs --scores: auto, or a file of filter.py")
+if args.scores != "none" and args.algorithm == "oracle":
     parser.error("--scores and --algorithm oracle do not go together: the oracle has the labels")
 if args.algorithm == "oracle" and args.dataset == "folder":
     parser.error("--algorithm oracle needs the labels of U, which a folder does not have")
@@ -145,39 +151,48 @@ def check_size(config, channels, size):
                      f"{args.dataset} has {size}x{size} of {channels}")
 
 try:
-    initial, schedule = None, "linear"
+    initial = None
     if args.init_from and not ckpt:
         with first_rank_first():
-            initial, schedule = load_pretrained(args.init_from, DATA_DIR if args.dataset == "folder" else args.data_dir)
+            initial, diffusion = load_pretrained(args.init_from, DATA_DIR if args.dataset == "folder" else args.data_dir)
         if args.dataset in ("folder", "celeba"):
             args.image_size = args.image_size or initial.config.image_size
             args.channels = args.channels or initial.config.image_channels
             check_size(initial.config, args.channels, args.image_size)    # better to fail now than after the decoding
-        if args.schedule not in (None, schedule):
-            parser.error(f"--schedule {args.schedule} is not what {args.init_from} was trained with, {schedule}")
+        for name in ["schedule", "prediction"]:
+            asked, found = getattr(args, name), getattr(diffusion, name)
+            if asked not in (None, found):
+                parser.error(f"--{name} {asked} is not what {args.init_from} was trained with, {found}")
+            setattr(args, name, found)
     elif args.image_size and not ckpt:
         check(preset(args.model, args.channels, args.image_size))
-    args.schedule = args.schedule or schedule
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
-    u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
-    w_u = w_s = None    # weights of the images
-    counts = [len(u), len(s)]
-    if args.scores:
-        w_u, w_s = read_weights(args.scores, data, u, s, args.keep)
-        counts = [float(w_u.sum()), float(w_s.sum())]
-    if not ckpt:    # by the weights, E_U[w l] = prior_left E_S[w l] + (1 - prior_left) E_N[w l], each mean over its own weights
-        args.loss_prior = (args.loss_prior or args.prior) * (counts[1] / len(s)) / (counts[0] / len(u))
-    if not args.loss_prior and args.algorithm != "unsupervised":
-        parser.error(f"--keep {args.keep} keeps no image of S, which leaves nothing to push away: use --algorithm unsupervised")
-    if not args.loss_prior < 1:
-        parser.error(f"--scores {args.scores} leave a prior of {args.loss_prior:.3g}, which is none: they, or --prior, are wrong")
-    if args.algorithm == "oracle":
-        u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
-        counts[0] = len(u)
     channels, size = data.train.shape[1:3]
     config = UNetConfig(**ckpt["config"]) if ckpt else initial.config if initial else preset(args.model, channels, size)
     check_size(config, channels, size)
+    u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
+    n_U, n_S = len(u), len(s)
+    if not ckpt:
+        args.loss_prior = args.loss_prior or args.prior
+    if args.scores != "none":
+        args.keep = args.keep or 0.9 * (1 - args.loss_prior)
+        scores_path = args.out_dir / "scores.pt" if args.scores == "auto" else Path(args.scores)
+        if args.scores == "auto" and rank == 0 and not ckpt and not scores_path.exists():
+            print(f"a classifier first, whose scores go to {scores_path}", flush=True)
+            write_scores(scores_path, data, u, s, args.loss_prior, args.hflip, args.seed, device)
+        if world > 1:
+            dist.barrier()
+        kept_u, kept_s = read_scores(scores_path, data, u, s, args.keep)
+        if not ckpt:    # the prior of what is kept
+            args.loss_prior *= (len(kept_s) / n_S) / (len(kept_u) / n_U)
+        u, s = kept_u, kept_s
+    counts = [len(u), len(s)]
+    if not args.loss_prior < 1:
+        parser.error(f"the scores in {scores_path} leave a prior of {args.loss_prior:.3g}, which is none: they, or --prior, are wrong")
+    if args.algorithm == "oracle":
+        u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
+        counts[0] = n_U = len(u)
     model = (initial or UNet(config)).to(device, memory_format=torch.channels_last)
 except ValueError as e:
     parser.error(e)
@@ -185,18 +200,21 @@ except OSError as e:
     fail(e)
 args.max_steps = args.max_steps or math.ceil(20 * len(u) / args.batch_size)
 if ckpt and ckpt["counts"] != counts:
-    fail(f"{args.scores or args.data_dir} holds other {'scores' if args.scores else 'images'} than when the run began: U and S had {ckpt['counts']}, now {counts}")
+    what, where = ("images", args.data_dir) if args.scores == "none" else ("scores", scores_path)
+    fail(f"{where} holds other {what} than when the run began: U and S had {ckpt['counts']}, now {counts}")
 images = data.train
 if (len(u) + len(s)) * images[0].numel() <= FITS:
     images = torch.cat([images[u], images[s]]).to(device)
     u, s = torch.arange(len(u), device=device), torch.arange(len(u), len(images), device=device)
-if args.scores:
-    w_u, w_s = w_u.to(u.device), w_s.to(s.device)
 
 # each step draws a fixed number of each, and every rank and round gets as many as any other
 parts = world * args.grad_accum
-share = {"pu": args.sensitive_share, "supervised": counts[1] / sum(counts), "unsupervised": 0, "oracle": 0}[args.algorithm]
-n_s = min(round(share * args.batch_size), args.batch_size // 2)
+optimal = args.loss_prior / (1 + args.loss_prior)    # 0 where the scores keep nothing of S: then pu is unsupervised
+share = {"pu": optimal and (args.sensitive_share or optimal), "supervised": counts[1] / sum(counts)}.get(args.algorithm, 0)
+n_s = round(share * args.batch_size)
+if args.algorithm == "pu" and not args.sensitive_share:
+    n_s = 8 * math.ceil(share * args.batch_size / 8)    # which most numbers of ranks and rounds divide
+n_s = min(n_s, args.batch_size // 2)
 n_u = args.batch_size - n_s
 if share and n_s == 0:
     parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S")
@@ -209,7 +227,7 @@ if n_u % parts or n_s % parts:
 
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-diffusion = GaussianDiffusion(1000, args.schedule).to(device)
+diffusion = GaussianDiffusion(1000, args.schedule, args.prediction).to(device)
 fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **fused)
 scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
@@ -230,12 +248,12 @@ def loss_fn(x_0, t, eps, whole=None):
     mean_u, mean_s = loss_u.mean(), loss_s.mean()
     if whole is None:
         whole = over_ranks((mean_u - args.loss_prior * mean_s).detach())
-    if args.algorithm == "pu":
-        risk = pu_loss(loss_u, loss_s, args.loss_prior, args.correction, whole)
-    elif args.algorithm == "supervised":
-        risk = supervised_loss(loss_u, loss_s)
-    else:
+    if not n_s:
         risk = unsupervised_loss(loss_u)
+    elif args.algorithm == "pu":
+        risk = pu_loss(loss_u, loss_s, args.loss_prior, args.correction, whole)
+    else:
+        risk = supervised_loss(loss_u, loss_s)
     return risk, torch.stack([risk, mean_u, mean_s, (whole < 0) & corrects]).detach()
 
 if args.compile:
@@ -300,9 +318,9 @@ log_file.flush()
 # the loop
 
 n_params = sum(p.numel() for p in model.parameters())
-print(f"{args.dataset}: U has {len(u):,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {len(s):,}")
-if args.scores:
-    print(f"{args.scores}: {f'the lower {args.keep:.4g}' if args.keep else 'all'} of U, drawn by their scores, and of S by the same rule")
+print(f"{args.dataset}: U has {n_U:,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {n_S:,}")
+if args.scores != "none":
+    print(f"{scores_path}: of these, the {args.keep:.4g} of U that score lowest, {len(u):,}, and what scores no higher of S, {len(s):,}")
 print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step"
       + f", in {parts} parts: {world} ranks, {args.grad_accum} rounds each" * (parts > 1))
 print(f"{args.model or args.init_from} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
@@ -334,12 +352,6 @@ def gradients(index, mirror, t, eps, whole=None):
         total += figures / args.grad_accum
     return total
 
-def pick(index, weights, n):
-    """-> n elements of index [N], each as probable as its weight [N] says, or all alike"""
-    if weights is None:
-        return index[torch.randint(len(index), (n,), device=index.device)]
-    return index[torch.multinomial(weights, n, replacement=True)] if n else index[:0]
-
 start, mark, first_step = time.time(), time.time(), step
 while step < args.max_steps:
     # one lr for this step: linear warm-up, then a cosine down to 0
@@ -349,7 +361,7 @@ while step < args.max_steps:
         group["lr"] = lr
 
     # the whole batch, which all ranks draw alike: image numbers of U and of S, what to mirror, timesteps, noise
-    index = torch.cat([pick(u, w_u, n_u), pick(s, w_s, n_s)])
+    index = torch.cat([index[torch.randint(max(1, len(index)), (n,), device=index.device)] for index, n in [(u, n_u), (s, n_s)]])
     mirror = torch.rand(args.batch_size, 1, 1, 1, device=device) < 0.5 if args.hflip else torch.zeros(args.batch_size)
     # timesteps one golden ratio apart are spread evenly over [0, T), and so are the first few of them
     t = (diffusion.T * ((torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)) % 1)).long()

@@ -30,19 +30,27 @@ def cleaned(base: str) -> str:
     return f"--init_from {folder(base)}/ckpt.pt --lr 1e-3 --warmup_steps 50 --max_steps"
 
 
-HALF, ELEVENTH = BASES = [f"--prior {prior} --algorithm unsupervised" for prior in ["0.5", "1/11"]]    # models that others start from
-PU, CLEAN = "--prior 0.5 --algorithm pu", f"--prior 0.5 {cleaned(HALF)}"
-ALGORITHMS = ["unsupervised", "supervised", "pu", "oracle"]
+PLAIN = "--scores none --sensitive_share 0.5"    # the paper's risk on all of U, and half of each batch from S
+DDPM = "--schedule linear --prediction eps"      # the paper's diffusion
+HALF, ELEVENTH = BASES = [f"--prior {prior} --algorithm unsupervised {DDPM}" for prior in ["0.5", "1/11"]]    # models that others start from
+PU, CLEAN = f"--prior 0.5 {PLAIN} {DDPM}", f"--prior 0.5 {PLAIN} {cleaned(HALF)}"
+
+
+def four(flags: str) -> list:
+    """The paper's experiment: the two baselines, its method and the oracle."""
+    return [(name, f"{flags} {PLAIN if name == 'pu' else f'--algorithm {name}'} {DDPM}") for name in ["unsupervised", "supervised", "pu", "oracle"]]
+
+
 TABLES = {    # title: rows of a name and the flags of train.py
-    "odd digits are sensitive, half of U": [(name, f"--prior 0.5 --algorithm {name}") for name in ALGORITHMS] + [("pu, 4000 steps", f"{PU} --max_steps 4000")],
-    "odd digits are sensitive, 1 in 11 of U": [(name, f"--prior 1/11 --algorithm {name}") for name in ALGORITHMS],
-    "even digits are sensitive, half of U": [(name, f"--prior 0.5 --sensitive even --algorithm {name}") for name in ALGORITHMS],
+    "odd digits are sensitive, half of U": four("--prior 0.5") + [("pu, 4000 steps", f"{PU} --max_steps 4000")],
+    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11"),
+    "even digits are sensitive, half of U": four("--prior 0.5 --sensitive even"),
     "a model that was trained unsupervised": [("before", HALF), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
                                               ("pu from scratch, 2000 steps", PU)],
-    "the prior is 0.1, what the loss assumes": [("before", ELEVENTH)] + [(f"{guess}", f"--prior 0.1 --loss_prior {guess} {cleaned(ELEVENTH)} 500")
+    "the prior is 0.1, what the loss assumes": [("before", ELEVENTH)] + [(f"{guess}", f"--prior 0.1 --loss_prior {guess} {PLAIN} {cleaned(ELEVENTH)} 500")
                                                                         for guess in [0.02, 0.05, 0.1, 0.2, 0.4]],
 }
-SEEDS = {name: [f"--prior 0.5 --algorithm {name}{seed}" for seed in ["", " --seed 1", " --seed 2"]] for name in ["unsupervised", "pu"]}
+SEEDS = {name: [f"{flags}{seed}" for seed in ["", " --seed 1", " --seed 2"]] for name, flags in [("unsupervised", HALF), ("pu", PU)]}
 
 
 SAMPLED = f"{PU} --max_steps 4000"    # the model that is sampled in different ways

@@ -283,7 +283,7 @@ def test_an_empty_folder_gets_the_layout_drawn(tmp_path):
 
 def test_a_folder_is_trained_on_and_sampled(tmp_path):
     make_folder(tmp_path / "images", broken=[50])
-    flags = ["--device", "cpu", "--dataset", "folder", "--data_dir", tmp_path / "images", "--model", "tiny", "--prior", "0.3"]
+    flags = ["--device", "cpu", "--dataset", "folder", "--data_dir", tmp_path / "images", "--model", "tiny", "--scores", "none", "--prior", "0.3"]
     trained = run("train.py", *flags, "--batch_size", 16, "--max_steps", 4, "--out_dir", tmp_path / "run")
     assert "U has 199 images, 0.3 of them sensitive (assumed); S has 50" in trained.stdout
     run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 5)

@@ -37,9 +37,20 @@ def test_cosine_schedule():
     assert ab[999] == pytest.approx(ab[998] * 0.001, rel=1e-9)
 
 
-def test_unknown_schedule():
-    with pytest.raises(ValueError, match="'square'.*linear or cosine"):
+def test_lognormal_schedule():
+    """Uniform timesteps have a log SNR of mean -0.5 and standard deviation 2, normally distributed."""
+    ab = torch.tensor(GaussianDiffusion(1000, "lognormal").alpha_bar)
+    log_snr = (ab / (1 - ab)).log()
+    assert (ab.diff() < 0).all() and 0 < ab[-1] < 0.001
+    assert log_snr.mean() == pytest.approx(-0.5, abs=1e-3) and log_snr.std() == pytest.approx(2, abs=0.01)
+    assert ((log_snr + 0.5).abs() < 2).float().mean() == pytest.approx(0.6827, abs=0.001)
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(ValueError, match="'square'.*linear, cosine or lognormal"):
         GaussianDiffusion(1000, "square")
+    with pytest.raises(ValueError, match="'x'.*eps or v"):
+        GaussianDiffusion(1000, "linear", "x")
 
 
 def test_tables_move_with_the_module():
@@ -72,6 +83,27 @@ def test_per_image_loss_sums_over_pixels():
     x_0, eps, t = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3), torch.arange(5)
     loss = diffusion.per_image_loss(lambda x, t: torch.full_like(x, 0.5), x_0, t, eps)
     torch.testing.assert_close(loss, torch.stack([((e - 0.5) ** 2).sum() for e in eps]))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "lognormal"])
+def test_v_is_another_word_for_eps(schedule):
+    """eps = noise x_t + signal v, so an error in v is one in eps, divided by signal."""
+    by_eps, by_v = GaussianDiffusion(1000, schedule), GaussianDiffusion(1000, schedule, "v")
+    x_0, eps, t = torch.rand(4, 2, 3, 3) * 2 - 1, torch.randn(4, 2, 3, 3), torch.tensor([0, 250, 500, 750])
+    ab = torch.tensor(by_v.alpha_bar)[t].view(-1, 1, 1, 1)
+    say = torch.randn(4, 2, 3, 3)
+    loss = by_v.per_image_loss(lambda x_t, t: say, x_0, t, eps)
+    torch.testing.assert_close(loss, ((ab.sqrt() * eps - (1 - ab).sqrt() * x_0 - say) ** 2).flatten(1).sum(1))
+    same = by_eps.per_image_loss(lambda x_t, t: (1 - ab).sqrt() * x_t + ab.sqrt() * say, x_0, t, eps)
+    torch.testing.assert_close(same, ab.flatten() * loss, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_do_not_depend_on_what_the_network_says():
+    """eps, or the v that is worth the same: v = (eps - noise x_t) / signal."""
+    by_v, ab = GaussianDiffusion(prediction="v"), torch.tensor(diffusion.alpha_bar)
+    v = lambda x, t: (oracle(x, t) - (1 - ab[t].view(-1, 1)).sqrt() * x) / ab[t].view(-1, 1).sqrt()
+    a, b = (d.sample(network, (10, 1), generator=torch.Generator().manual_seed(0)) for d, network in [(diffusion, oracle), (by_v, v)])
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_per_image_loss_draws_t_and_eps():

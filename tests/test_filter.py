@@ -6,6 +6,7 @@ import torch
 from conftest import SMALL, refused, run
 
 import data
+import filter
 from filter import cross_scores, distort, nnpu_loss
 from test_train import overhear
 
@@ -78,7 +79,7 @@ def test_the_command_scores_real_digits(scores):
 
 
 def shown(monkeypatch, tmp_path, path, *flags):
-    steps = overhear(monkeypatch, "--n_unlabeled", 600, "--n_labeled", 100, "--batch_size", 400, "--scores", path, "--max_steps", 2,
+    steps = overhear(monkeypatch, "--n_unlabeled", 600, "--n_labeled", 100, "--batch_size", 400, "--sensitive_share", "0.5", "--scores", path, "--max_steps", 2,
                      *flags, "--out_dir", tmp_path / "run")
     return [data.to_uint8(x_0) for x_0, _, _ in steps]
 
@@ -95,26 +96,44 @@ def test_a_hard_cut_shows_the_loss_nothing_else(scores, tmp_path, monkeypatch):
     assert args["loss_prior"] == pytest.approx(0.5 * (kept["z_s"] <= threshold).float().mean().item() / 0.5)
 
 
-def test_soft_weights_are_probabilities(scores, tmp_path, monkeypatch):
-    mnist, kept = data.load("mnist"), torch.load(scores[0])
-    steps = shown(monkeypatch, tmp_path, scores[0])
-    number = {image.numpy().tobytes(): i for i, image in enumerate(mnist.train[kept["u"]])}
-    drawn = torch.tensor([number[image.contiguous().numpy().tobytes()] for images in steps for image in images[:200]])
-    w = torch.sigmoid(-kept["z_u"])
-    expected, spread = (w * w).sum() / w.sum(), w.std() / 400 ** 0.5    # the mean weight of what is drawn by weight
-    assert abs(w[drawn].mean() - expected) < 4 * spread
-    args = torch.load(tmp_path / "run" / "ckpt.pt")["args"]
-    assert args["loss_prior"] == pytest.approx(0.5 * (torch.sigmoid(-kept["z_s"]).mean() / w.mean()).item(), rel=1e-6)
-
-
-def test_weighted_images_leave_the_risk_exact():
-    """(1 - prior) E_N[w l] = E_U[w l] - prior E_S[w l], so drawn by w: E_N l = (E_U l - left E_S l) / (1 - left)."""
+@pytest.mark.parametrize("prior", [0.2, 0.5])
+def test_the_risk_of_what_is_kept_is_exact(prior):
+    """U = N + S: with the prior of what is kept, the difference is the loss of the normal images that are kept."""
     torch.manual_seed(0)
-    n, s = (torch.rand(400, 2, dtype=torch.float64) for _ in range(2))    # columns: w, l; 400 of each: prior 0.5
+    n, s = (torch.rand(round(1000 * share), 2, dtype=torch.float64) for share in [1 - prior, prior])    # columns: score, l
     u = torch.cat([n, s])
-    weighted = lambda x: (x[:, 0] * x[:, 1]).sum() / x[:, 0].sum()
-    left = 0.5 * (s[:, 0].mean() / u[:, 0].mean())
-    assert ((weighted(u) - left * weighted(s)) / (1 - left)).item() == pytest.approx(weighted(n).item(), rel=1e-12)
+    mean = lambda x: x[x[:, 0] < 0.4, 1].mean()
+    kept = lambda x: (x[:, 0] < 0.4).double().mean()
+    left = prior * kept(s) / kept(u)
+    assert ((mean(u) - left * mean(s)) / (1 - left)).item() == pytest.approx(mean(n).item(), rel=1e-12)
+
+
+def test_where_nothing_of_s_is_kept_nothing_is_pushed_away(scores, tmp_path):
+    some = [*SMALL, "--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 2, "--scores", scores[0], "--keep", "0.001"]
+    assert "32 of U and 0 of S a step" in run("train.py", *some, "--out_dir", tmp_path / "pu").stdout
+    assert "32 of U and 0 of S a step" in run("train.py", *some, "--sensitive_share", "0.5", "--out_dir", tmp_path / "half").stdout
+    run("train.py", *some, "--algorithm", "unsupervised", "--out_dir", tmp_path / "unsupervised")
+    a, b = (torch.load(tmp_path / name / "ckpt.pt") for name in ["pu", "unsupervised"])
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert "step 3/3" in run("train.py", "--resume", "--max_steps", 3, "--out_dir", tmp_path / "pu").stdout
+
+
+def test_the_default_is_a_classifier_first(tmp_path, monkeypatch):
+    """train.py makes the scores that filter.py would, and what else it draws at random does not depend on it."""
+    flags = [*(flag for flag in SMALL if flag not in ("--scores", "none")), "--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 2]
+    monkeypatch.setattr(filter, "STEPS", 20)
+    printed = run("train.py", *flags, "--out_dir", tmp_path / "run").stdout
+    path = tmp_path / "run" / "scores.pt"
+    assert f"whose scores go to {path}" in printed and "24 of U and 8 of S a step" in printed
+    kept, before = torch.load(path), path.read_bytes()
+    run("filter.py", *flags[:4], "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 20, "--device", "cpu", "--out_dir", tmp_path / "filter")
+    again = torch.load(tmp_path / "filter" / "scores.pt")
+    assert torch.equal(kept["z_u"], again["z_u"]) and torch.equal(kept["z_s"], again["z_s"])
+    run("train.py", *flags, "--scores", path, "--out_dir", tmp_path / "same")
+    a, b = (torch.load(tmp_path / name / "ckpt.pt") for name in ["run", "same"])
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert "step 3/3" in run("train.py", "--resume", "--max_steps", 3, "--out_dir", tmp_path / "run").stdout
+    assert path.read_bytes() == before
 
 
 def test_a_run_with_scores_can_be_resumed(scores, tmp_path):
@@ -124,8 +143,9 @@ def test_a_run_with_scores_can_be_resumed(scores, tmp_path):
     assert "step 3/3" in run("train.py", "--resume", "--max_steps", 3, "--out_dir", tmp_path / "run").stdout
     assert torch.load(tmp_path / "run" / "ckpt.pt")["args"]["loss_prior"] == before
     kept = torch.load(scores[0])
-    ratio = torch.sigmoid(-kept["z_s"]).mean() / torch.sigmoid(-kept["z_u"]).mean()
-    assert before == pytest.approx(0.2 * ratio.item(), rel=1e-6)
+    n_kept = math.ceil(0.9 * (1 - 0.2) * 600)
+    passed = (kept["z_s"] <= kept["z_u"].sort().values[n_kept - 1]).float().mean().item()
+    assert before == pytest.approx(0.2 * passed / (n_kept / 600))
 
 
 def test_bad_scores_are_refused(scores, tmp_path):
@@ -134,12 +154,11 @@ def test_bad_scores_are_refused(scores, tmp_path):
     (tmp_path / "bad.pt").write_text("garbage")
     refused(1, "bad.pt is not what filter.py writes", "train.py", *SMALL, *some, "--scores", tmp_path / "bad.pt", "--out_dir", tmp_path / "run")
     refused(2, "is for other images", "train.py", *SMALL, *some, "--seed", 1, "--scores", scores[0], "--out_dir", tmp_path / "run")
-    refused(2, "--keep needs the --scores", "train.py", *SMALL, *some, "--keep", "0.5", "--out_dir", tmp_path / "run")
+    refused(2, "--keep needs --scores", "train.py", *SMALL, *some, "--keep", "0.5", "--out_dir", tmp_path / "run")
     refused(2, "--scores and --algorithm oracle", "train.py", *SMALL, *some, "--scores", scores[0], "--algorithm", "oracle", "--out_dir", tmp_path / "run")
-    refused(2, "keeps no image of S", "train.py", *SMALL, *some, "--scores", scores[0], "--keep", "0.001", "--out_dir", tmp_path / "run")
     for damage, status, words in [({"images": ""}, 2, "is for other images"),
-                                  ({"z_u": torch.ones(600), "z_s": torch.full((100,), -9.0)}, 2, "leave a prior of")]:
-        torch.save({**torch.load(scores[0]), "z_u": torch.zeros(600), **damage}, tmp_path / "bad.pt")
+                                  ({"z_u": torch.arange(600), "z_s": torch.full((100,), -9)}, 2, "leave a prior of")]:
+        torch.save({**torch.load(scores[0]), **damage}, tmp_path / "bad.pt")
         refused(status, words, "train.py", *SMALL, *some, "--scores", tmp_path / "bad.pt", "--out_dir", tmp_path / "run")
     refused(2, "need at least 4", "filter.py", "--n_labeled", 3, "--out_dir", tmp_path / "run")
     refused(2, "already holds scores", "filter.py", "--out_dir", scores[0].parent)

@@ -25,6 +25,7 @@ CELEBA = dict(    # google/ddpm-celebahq-256, at a quarter of its image size
 DEFAULTS = dict(    # what that library does unless told otherwise: other paddings, embeddings, heads and epsilon
     sample_size=16, in_channels=1, out_channels=1, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
     down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+COSINE = GaussianDiffusion(1000, "cosine")
 
 
 def theirs(config):
@@ -49,10 +50,10 @@ def test_parity_and_the_way_back(tmp_path, config, n_params):
     model = theirs(config)
     model.save_pretrained(tmp_path / "theirs", safe_serialization=False)
     (tmp_path / "theirs" / "scheduler_config.json").write_text('{"beta_schedule": "squaredcos_cap_v2"}')
-    ours, schedule = load_pretrained(tmp_path / "theirs")
-    assert schedule == "cosine" and n_params in (None, sum(p.numel() for p in ours.parameters()))
+    ours, diffusion = load_pretrained(tmp_path / "theirs")
+    assert (diffusion.schedule, diffusion.prediction) == ("cosine", "eps") and n_params in (None, sum(p.numel() for p in ours.parameters()))
     assert difference(model, ours.eval(), config) < 1e-5
-    save_pretrained(ours, schedule, tmp_path / "ours")
+    save_pretrained(ours, diffusion, tmp_path / "ours")
     back = type(model).from_pretrained(tmp_path / "ours").eval()
     assert difference(model, back, config) < 1e-7
     for key, value in config.items():
@@ -64,26 +65,27 @@ def test_a_pipeline_with_safetensors_and_back(tmp_path):
     model = theirs(DEFAULTS)
     diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "theirs")
     assert (tmp_path / "theirs" / "unet" / "diffusion_pytorch_model.safetensors").exists()
-    ours, schedule = load_pretrained(tmp_path / "theirs")
-    assert schedule == "linear" and difference(model, ours.eval(), DEFAULTS) < 1e-5
-    save_pretrained(ours, "cosine", tmp_path / "ours")
+    ours, diffusion = load_pretrained(tmp_path / "theirs")
+    assert diffusion.schedule == "linear" and difference(model, ours.eval(), DEFAULTS) < 1e-5
+    save_pretrained(ours, COSINE, tmp_path / "ours")
     back = diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours")
     assert difference(model, back.unet.eval(), DEFAULTS) < 1e-7
-    torch.testing.assert_close(back.scheduler.alphas_cumprod.tolist(), GaussianDiffusion(1000, "cosine").alpha_bar, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(back.scheduler.alphas_cumprod.tolist(), COSINE.alpha_bar, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddim", 50), ("ddpm", 1000)])
-def test_samplers_agree(sampler, steps):
+@pytest.mark.parametrize("sampler, steps, prediction", [("ddim", 50, "eps"), ("ddpm", 1000, "eps"), ("ddim", 50, "v")])
+def test_samplers_agree(tmp_path, sampler, steps, prediction):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = UNet(UNetConfig(1, 8, channels=(8,), blocks=1, attention=(), groups=4)).eval()
     torch.nn.init.normal_(model.conv_out.weight, std=0.1)
-    diffusion, noise = GaussianDiffusion(), torch.Generator().manual_seed(1)
+    diffusion, noise = GaussianDiffusion(prediction=prediction), torch.Generator().manual_seed(1)
+    save_pretrained(model, diffusion, tmp_path)
     x = torch.randn(2, 1, 8, 8, generator=noise)
     if sampler == "ddim":
-        scheduler, extra = diffusers.DDIMScheduler(timestep_spacing="trailing"), dict(use_clipped_model_output=True)
+        scheduler, extra = diffusers.DDIMScheduler.from_pretrained(tmp_path, timestep_spacing="trailing"), dict(use_clipped_model_output=True)
     else:
-        scheduler, extra = diffusers.DDPMScheduler(), {}
+        scheduler, extra = diffusers.DDPMScheduler.from_pretrained(tmp_path), {}
     scheduler.set_timesteps(steps)
     with torch.no_grad():
         for t in scheduler.timesteps:
@@ -100,7 +102,7 @@ def folder(tmp_path_factory):
     """A model for MNIST in the diffusers format, written by us."""
     folder = tmp_path_factory.mktemp("pretrained") / "model"
     torch.manual_seed(0)
-    save_pretrained(UNet(UNetConfig(1, 28, channels=(8, 16), blocks=1, attention=(1,), groups=4)), "cosine", folder)
+    save_pretrained(UNet(UNetConfig(1, 28, channels=(8, 16), blocks=1, attention=(1,), groups=4)), COSINE, folder)
     return folder
 
 
@@ -137,13 +139,13 @@ def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "hub"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(pretrained, "HUB", f"http://127.0.0.1:{server.server_address[1]}")
-    model, schedule = load_pretrained("someone/a-model", tmp_path / "data")
+    model, diffusion = load_pretrained("someone/a-model", tmp_path / "data")
     with pytest.raises(OSError, match="someone/no-model is neither a folder here nor a model"):
         load_pretrained("someone/no-model", tmp_path / "data")
     assert not (tmp_path / "data" / "someone" / "no-model").exists()
     server.shutdown()
     again, _ = load_pretrained("someone/a-model", tmp_path / "data")
-    assert schedule == "cosine" and same_weights(model.state_dict(), again.state_dict())
+    assert diffusion.schedule == "cosine" and same_weights(model.state_dict(), again.state_dict())
 
 
 @pytest.mark.parametrize("file, fields, words", [
@@ -158,7 +160,7 @@ def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
     ("config.json", {"layers_per_block": None}, "config.json makes no sense"),
     ("config.json", {"layers_per_block": 2}, "lack 'down_blocks.0.resnets.1.norm1.weight'"),
     ("config.json", {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}, "have a down_blocks.1.attentions.0"),
-    ("scheduler_config.json", {"prediction_type": "v_prediction"}, 'prediction_type = "v_prediction" is not'),
+    ("scheduler_config.json", {"prediction_type": "sample"}, 'prediction_type = "sample" is not'),
     ("scheduler_config.json", {"beta_schedule": "scaled_linear"}, 'beta_schedule = "scaled_linear" is not'),
     ("scheduler_config.json", {"beta_schedule": "linear", "beta_end": 0.03}, "beta_end = 0.03 is not"),
 ])
@@ -210,12 +212,12 @@ def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
     start = small_run[0] / "ckpt.pt"
     run("train.py", *SMALL, "--lr", "1e-50", "--max_steps", 1, "--init_from", start, "--out_dir", tmp_path / "run")
     a, b = torch.load(start), torch.load(tmp_path / "run" / "ckpt.pt")
-    assert same_weights(a["ema"], b["model"]) and b["args"]["schedule"] == "linear"
+    assert same_weights(a["ema"], b["model"]) and (b["args"]["schedule"], b["args"]["prediction"]) == ("lognormal", "v")
     refused(2, "patch = 2, pad = 0", "sample.py", "--ckpt", start, "--save_diffusers", tmp_path / "cleaned")
     refused(2, "--model tiny cannot go with --init_from", "train.py", "--init_from", start, "--model", "tiny")
     refused(2, "--schedule cosine is not what", "train.py", "--init_from", start, "--schedule", "cosine")
     wide = UNet(UNetConfig(3, 32, channels=(8, 16), blocks=1, attention=(), groups=4))
-    save_pretrained(wide, "linear", tmp_path / "wide")
+    save_pretrained(wide, GaussianDiffusion(), tmp_path / "wide")
     refused(2, "is for 32x32 images of 3 channels, mnist has 28x28 of 1", "train.py", "--init_from", tmp_path / "wide", "--out_dir", tmp_path / "no")
     assert not (tmp_path / "no").exists() and not (tmp_path / "cleaned").exists()
     (tmp_path / "mine" / "unlabeled").mkdir(parents=True)

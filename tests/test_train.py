@@ -28,7 +28,7 @@ def test_a_small_run_learns_and_leaves_everything_behind(small_run):
     assert sorted(path.name for path in folder.iterdir()) == ["ckpt.pt", "log.csv", "samples_000020.png", "samples_000030.png"]
     log = read_log(folder)
     assert [row["step"] for row in log] == [10, 20, 30]
-    assert log[-1]["risk"] < 0.7 * log[0]["risk"] and log[0]["loss_u"] < 900    # 784 is the loss of predicting zero
+    assert log[-1]["risk"] < 0.9 * log[0]["risk"] and log[0]["loss_u"] < 900    # 784 or so is the loss of predicting zero
     assert Image.open(folder / "samples_000030.png").size == (8 * 29 - 1, 8 * 29 - 1)
     assert "U has 50,000 images, 0.5 of them sensitive (odd); S has 2,500" in printed
     assert "16 of U and 16 of S a step" in printed
@@ -232,7 +232,7 @@ def test_baselines_run(tmp_path, algorithm, counts):
 @pytest.mark.parametrize("flags", [
     ["--dtype", "bfloat16"],
     ["--dtype", "float16"],
-    ["--correction", "nn", "--schedule", "cosine", "--sensitive", "4,7", "--prior", "1/11", "--batch_size", 31],
+    ["--correction", "nn", "--schedule", "cosine", "--prediction", "eps", "--sensitive", "4,7", "--prior", "1/11", "--batch_size", 31],
 ])
 def test_other_choices_run(tmp_path, flags):
     run("train.py", *SMALL, *flags, "--max_steps", 3, "--out_dir", tmp_path / "run")
@@ -278,7 +278,7 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
 ])
 def test_a_bad_command_line_is_refused(tmp_path, flags, words):
-    refused(2, words, "train.py", *flags, "--out_dir", tmp_path / "run")
+    refused(2, words, "train.py", "--scores", "none", *flags, "--out_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
