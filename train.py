@@ -46,6 +46,8 @@ flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "
           "U alone, by labels that nobody has in practice (default: pu)")
 flag("--correction", default="abs", choices=["abs", "nn", "none"],
      help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
+flag("--push_limit", type=float, default=2.0, help="pu counts l of an image of S up to this multiple of l of the image of U at the same timestep and noise, "
+                                                   "and pushes no further; inf: no limit, the paper's method (default: 2)")
 flag("--scores", help="a file of filter.py: do without those images of U and S that score high; auto: have it made first, in --out_dir; "
                       "none: keep all, which for pu is the paper's method (default: auto for pu, none for others)")
 flag("--keep", type=fraction, help="with scores: the fraction of U to keep (default: 0.9 of the normal ones, 0.9 (1 - prior))")
@@ -88,7 +90,7 @@ if args.resume:
         ckpt = read_checkpoint(ckpt_path)
     except OSError as e:
         fail(e)
-    saved = {**vars(parser.parse_args([])), "prediction": "eps", **ckpt["args"]}    # for runs that are older than a flag
+    saved = {**vars(parser.parse_args([])), "prediction": "eps", "push_limit": math.inf, **ckpt["args"]}    # for runs that are older than a flag
     saved["scores"] = saved["scores"] or "none"
     parser.set_defaults(**saved)    # the run's own flags, unless given again
     args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
@@ -112,6 +114,8 @@ for defaults in [info, RECIPES.get(recipe, RECIPES["paper"])]:    # what was not
 args.scores = args.scores or ("auto" if args.algorithm == "pu" else "none")
 if args.sensitive_share and args.sensitive_share > 0.5:
     parser.error(f"--sensitive_share {args.sensitive_share} is above 0.5: every image of S is paired with one of U")
+if not args.push_limit > 0:
+    parser.error("--push_limit must be a positive number, or inf")
 for name in ["lr", "grad_clip"]:
     if not 0 < getattr(args, name) < math.inf:
         parser.error(f"--{name} must be a positive number")
@@ -245,6 +249,8 @@ def loss_fn(x_0, t, eps, whole=None):
     whole: E_U[l] - prior E_S[l] of the whole batch, or anything of its sign; by default the parts of all ranks are it."""
     with autocast:
         loss_u, loss_s = diffusion.per_image_loss(net, x_0, t, eps).split([n_u // parts, n_s // parts])
+    if args.algorithm == "pu":    # else a few images of S, learned by heart, are pushed away for ever, and all others with them
+        loss_s = loss_s.minimum(args.push_limit * loss_u[:len(loss_s)].detach())
     mean_u, mean_s = loss_u.mean(), loss_s.mean()
     if whole is None:
         whole = over_ranks((mean_u - args.loss_prior * mean_s).detach())

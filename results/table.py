@@ -30,7 +30,7 @@ def cleaned(base: str) -> str:
     return f"--init_from {folder(base)}/ckpt.pt --lr 1e-3 --warmup_steps 50 --max_steps"
 
 
-PLAIN = "--scores none --sensitive_share 0.5"    # the paper's risk on all of U, and half of each batch from S
+PLAIN = "--scores none --push_limit inf --sensitive_share 0.5"    # the paper's risk on all of U, and half of each batch from S
 DDPM = "--schedule linear --prediction eps"      # the paper's diffusion
 HALF, ELEVENTH = BASES = [f"--prior {prior} --algorithm unsupervised {DDPM}" for prior in ["0.5", "1/11"]]    # models that others start from
 PU, CLEAN = f"--prior 0.5 {PLAIN} {DDPM}", f"--prior 0.5 {PLAIN} {cleaned(HALF)}"
