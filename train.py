@@ -249,7 +249,7 @@ def loss_fn(x_0, t, eps, whole=None):
     whole: E_U[l] - prior E_S[l] of the whole batch, or anything of its sign; by default the parts of all ranks are it."""
     with autocast:
         loss_u, loss_s = diffusion.per_image_loss(net, x_0, t, eps).split([n_u // parts, n_s // parts])
-    if args.algorithm == "pu":    # else a few images of S, learned by heart, are pushed away for ever, and all others with them
+    if args.algorithm == "pu" and args.push_limit < math.inf:    # else a few images of S, learned by heart, are pushed away for ever, and all others with them
         loss_s = loss_s.minimum(args.push_limit * loss_u[:len(loss_s)].detach())
     mean_u, mean_s = loss_u.mean(), loss_s.mean()
     if whole is None:

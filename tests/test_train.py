@@ -79,6 +79,16 @@ def test_what_the_loss_is_shown(tmp_path, monkeypatch):
     assert not torch.equal(shown[0][2], shown[1][2]) and not torch.equal(shown[0][1], shown[1][1])
 
 
+def test_the_push_limit_is_relative_to_the_paired_image(tmp_path):
+    """16 of U and their 16 pairs of S: where all of S is above the limit, it counts for a tenth of U, and moves nothing."""
+    run("train.py", *SMALL, "--push_limit", "0.1", "--max_steps", 3, "--log_interval", 1, "--out_dir", tmp_path / "run")
+    for row in read_log(tmp_path / "run"):
+        assert row["loss_s"] == pytest.approx(0.1 * row["loss_u"], rel=1e-5)
+        assert row["risk"] == pytest.approx(row["loss_u"] - 0.5 * row["loss_s"], rel=1e-5)
+    run("train.py", *SMALL, "--push_limit", "0.2", "--max_steps", 3, "--out_dir", tmp_path / "other")
+    assert same(*(torch.load(tmp_path / name / "ckpt.pt")["model"] for name in ["run", "other"]))
+
+
 def test_the_oracle_is_shown_nothing_but_the_normal_images_of_u(tmp_path, monkeypatch):
     shown = overhear(monkeypatch, "--algorithm", "oracle", "--n_unlabeled", 200, "--batch_size", 400, "--max_steps", 1, "--out_dir", tmp_path)
     mnist = data.load("mnist")
@@ -160,7 +170,7 @@ def whole_batches(small_run, tmp_path_factory):
     runs = {}
     for correction in ["abs", "nn"]:
         folder = tmp_path_factory.mktemp("whole") / "run"
-        flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction, "--loss_prior", 0.99, "--lr", 1e-4,
+        flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction, "--sensitive", "even", "--loss_prior", 0.99, "--lr", 1e-4,
                  "--warmup_steps", 2, "--max_steps", 5, "--log_interval", 1]
         run("train.py", *flags, "--out_dir", folder)
         assert {row["corrected"] for row in read_log(folder)} == {0, 1}
@@ -268,6 +278,7 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
     (["--lr", "0"], "--lr must be a positive number"),
     (["--dataset", "folder", "--algorithm", "oracle"], "--algorithm oracle needs the labels of U"),
     (["--max_steps", "0"], "--max_steps: 0 is not a positive whole number"),
+    (["--push_limit", "0"], "--push_limit must be a positive number, or inf"),
     (["--sensitive_share", "0.9"], "--sensitive_share 0.9 is above 0.5"),
     (["--batch_size", "1"], "--batch_size 1 leaves no room"),
     (["--batch_size", "30", "--grad_accum", "4"], "a batch of 15 images of U and 15 of S cannot be divided evenly among 1 ranks with 4 rounds each"),
