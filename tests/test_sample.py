@@ -76,7 +76,8 @@ def test_a_bad_command_line_is_refused(small_run, tmp_path, flags, words):
 
 
 def test_a_checkpoint_that_is_none(tmp_path):
-    refused(1, "none.pt does not exist", "sample.py", "--ckpt", tmp_path / "none.pt")
+    refused(1, "none.pt does not exist", "sample.py", "--ckpt", tmp_path / "none.pt", "--out_dir", tmp_path / "samples")
+    assert not (tmp_path / "samples").exists()
     (tmp_path / "bad.pt").write_text("garbage")
     refused(1, "bad.pt is not a checkpoint of train.py", "sample.py", "--ckpt", tmp_path / "bad.pt")
     torch.save({"model": {}}, tmp_path / "other.pt")
