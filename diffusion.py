@@ -65,7 +65,8 @@ class GaussianDiffusion(nn.Module):
     def per_image_loss(self, model, x_0: torch.Tensor, t=None, eps=None) -> torch.Tensor:
         """l(x_0) = ||eps - model(x_t, t)||^2, summed over pixels: one sample of the simplified negative ELBO (DDPM, eq. 14,
         before its mean over images); or ||v - model(x_t, t)||^2, which is the same term divided by alpha_bar_t.
-        x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast. t [B] and eps (like x_0) are drawn uniform and standard normal where they are not given."""
+        x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast.
+        t [B] and eps (like x_0) are drawn uniform and standard normal where they are not given."""
         if t is None:
             t = torch.randint(self.T, (len(x_0),), device=x_0.device)
         if eps is None:

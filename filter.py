@@ -96,7 +96,7 @@ def cross_scores(data: Images, u: torch.Tensor, s: torch.Tensor, prior: float, h
 
 def write_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool, seed: int,
                  device: torch.device, steps: int = None) -> tuple:
-    """cross_scores of u and s, which also go to a file that read_weights reads; torch's generators stay as they are.
+    """cross_scores of u and s, which also go to a file that read_scores reads; torch's generators stay as they are.
     Raises ValueError for fewer than 4 images of either, OSError where the file cannot be written or training diverged."""
     if min(len(u), len(s)) < 4:
         raise ValueError(f"U has {len(u)} images and S {len(s)}: the two classifiers need at least 4 of each (train.py --scores none does without)")

@@ -35,7 +35,7 @@ SCHEDULER = {    # of scheduler_config.json, likewise
     "num_train_timesteps": 1000, "trained_betas": None, "beta_start": 1e-4, "beta_end": 0.02, "rescale_betas_zero_snr": False,
     "thresholding": False,
 }
-OURS = {    # and what has other names there
+OURS = {    # and those whose values have other names here
     "beta_schedule": {"linear": "linear", "squaredcos_cap_v2": "cosine"},
     "prediction_type": {"epsilon": "eps", "v_prediction": "v"},
 }
@@ -213,13 +213,16 @@ def save_pretrained(model: UNet, diffusion: GaussianDiffusion, folder: Path):
     if model.config.patch > 1 or model.config.pad:
         raise ValueError(f"the diffusers format has no words for patch = {model.config.patch}, pad = {model.config.pad} in this model's config: "
                          f"only for 1 and 0")
+    scheduler = dict(SCHEDULER, _class_name="DDPMScheduler")
+    for (name, known), ours in zip(OURS.items(), [diffusion.schedule, diffusion.prediction]):
+        theirs = [word for word, value in known.items() if value == ours]
+        if not theirs:
+            raise ValueError(f"the diffusers format has no word for {ours!r} as its {name}: only for {', '.join(known.values())}")
+        scheduler[name] = theirs[0]
     weights = {}
     for name, tensor in model.state_dict().items():
         theirs = diffusers_names(name)
         weights |= zip(theirs, (part.clone() for part in tensor.cpu().chunk(len(theirs))))
-    scheduler = dict(SCHEDULER, _class_name="DDPMScheduler")
-    for (name, known), ours in zip(OURS.items(), [diffusion.schedule, diffusion.prediction]):
-        scheduler[name] = next(theirs for theirs, value in known.items() if value == ours)
     index = dict(_class_name="DDPMPipeline", unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDPMScheduler"])
     folder.mkdir(parents=True, exist_ok=True)
     try:

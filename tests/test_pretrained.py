@@ -218,6 +218,8 @@ def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
     refused(2, "--schedule cosine is not what", "train.py", "--init_from", start, "--schedule", "cosine")
     wide = UNet(UNetConfig(3, 32, channels=(8, 16), blocks=1, attention=(), groups=4))
     save_pretrained(wide, GaussianDiffusion(), tmp_path / "wide")
+    with pytest.raises(ValueError, match="'lognormal' as its beta_schedule: only for linear, cosine"):
+        save_pretrained(wide, GaussianDiffusion(1000, "lognormal"), tmp_path / "no")
     refused(2, "is for 32x32 images of 3 channels, mnist has 28x28 of 1", "train.py", "--init_from", tmp_path / "wide", "--out_dir", tmp_path / "no")
     assert not (tmp_path / "no").exists() and not (tmp_path / "cleaned").exists()
     (tmp_path / "mine" / "unlabeled").mkdir(parents=True)
