@@ -54,7 +54,7 @@ flag("--keep", type=fraction, help="with scores: the fraction of U to keep (defa
 flag("--init_from", help="start from this model, not from random weights: a ckpt.pt of train.py, a folder in the diffusers format, "
                          "or the name of one on the hub, such as google/ddpm-cifar10-32")
 flag("--schedule", choices=["linear", "cosine", "lognormal"], help="noise schedule (default: lognormal for tiny, linear for others, or that of --init_from)")
-flag("--prediction", choices=["eps", "v"], help="what the network says, from which its eps is computed (default: v for tiny, eps for others, or that of --init_from)")
+flag("--prediction", choices=["eps", "v"], help="what the network predicts, and l is the squared error of (default: v for tiny, eps for others, or that of --init_from)")
 flag("--model", choices=list(PRESETS), help="network (default: tiny for digits and clothes, paper for photographs)")
 flag("--batch_size", type=positive, help="images a step, from U and S together (default: 128; stl10: 32, celeba: 16)")
 flag("--grad_accum", type=positive, default=1,
