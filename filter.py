@@ -7,8 +7,11 @@ Which images of U are probably sensitive? A positive-unlabeled classifier, which
 
 The classifier is trained without a labeled normal image, by the non-negative risk of Kiryo et al. 2017 (arXiv:1703.00593).
 Both classes weigh the same in it, for a rare one would be ignored (Su et al., Positive-Unlabeled Learning from
-Imbalanced Data, IJCAI 2021). U and S are each cut into two halves; the network that scores one half is trained on the
-other. So it has seen none of the images that it scores, and what it does to those of S it does to the sensitive ones of U:
+Imbalanced Data, IJCAI 2021). Twice more it is trained from scratch, then as any classifier, on S and on what it was
+surest of in U: with few labels, that is where most of what it knows comes from (self-training, Scudder 1965).
+
+U and S are each cut into four parts; the network that scores one part is trained on the other three. So it has seen none
+of the images that it scores, and what it does to those of S it does to the sensitive ones of U:
 
     E_U[kept l] = prior E_S[kept l] + (1 - prior) E_N[kept l]        where kept(x) is 1 or 0, by the score of x
 
@@ -22,6 +25,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +35,9 @@ from data import DATASETS, Images, data_flags, digest, has_class, load, parse_cl
 from evaluate import Classifier
 from unet import find_device, ranks
 
-STEPS = 500    # of training a classifier
+PARTS, ROUNDS = 4, 3    # of U and S; of training for each part
+STEPS = 250    # of a round
+SURE = 0.8    # share of the normal and of the sensitive images of U whose labels the next round trusts
 
 
 def nnpu_loss(z_u: torch.Tensor, z_s: torch.Tensor, prior: float) -> torch.Tensor:
@@ -40,6 +46,11 @@ def nnpu_loss(z_u: torch.Tensor, z_s: torch.Tensor, prior: float) -> torch.Tenso
     sensitive = torch.sigmoid(-z_s).mean()
     normal = (torch.sigmoid(z_u).mean() - prior * torch.sigmoid(z_s).mean()) / (1 - prior)
     return 0.5 * torch.where(normal < 0, -normal, sensitive + normal)
+
+
+def sure_loss(z_n: torch.Tensor, z_s: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy. z_n [B_n], z_s [B_s]: logits of "sensitive" for images that count as normal and as sensitive. -> scalar"""
+    return 0.5 * (F.softplus(z_n).mean() + F.softplus(-z_s).mean())
 
 
 def distort(x: torch.Tensor, hflip: bool) -> torch.Tensor:
@@ -55,24 +66,25 @@ def to_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return (images.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def fit(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool, steps: int,
-        device: torch.device, name: str) -> Classifier:
-    """images [N, C, H, W] uint8; u, s: which of them are unlabeled and which labeled sensitive -> a network with one logit."""
+def fit(images: torch.Tensor, n: torch.Tensor, s: torch.Tensor, loss_of, hflip: bool, steps: int, device: torch.device,
+        turn: int) -> Classifier:
+    """images [N, C, H, W] uint8; n, s: which of them to tell apart, by loss_of(z_n, z_s) of their logits; turn: of PARTS
+    ROUNDS trainings, the how-manieth -> a network with one logit, in eval mode"""
     model = Classifier(*images.shape[1:3], n_classes=1).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    start, n_u, n_s = time.time(), 128, 64
+    start, batch_size = time.time(), 64    # of each
     for step in range(1, steps + 1):
-        index = torch.cat([index[torch.randint(len(index), (n,))] for index, n in [(u, n_u), (s, n_s)]])
+        index = torch.cat([index[torch.randint(len(index), (batch_size,))] for index in (n, s)])
         z = model(distort(to_float(images[index], device), hflip))[0][:, 0]
-        loss = nnpu_loss(z[:n_u], z[n_u:], prior)
+        loss = loss_of(*z.split(batch_size))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps:
-            left = (time.time() - start) / step * (steps - step)
-            print(f"\r{name}: step {step}/{steps}, {left:.0f} seconds left ", end="" if step < steps else "\n", file=sys.stderr, flush=True)
+            left = (time.time() - start) / step * (steps * (PARTS * ROUNDS - turn) - step)
+            print(f"\rclassifier {turn + 1} of {PARTS * ROUNDS}: {max(0, left):.0f} seconds left  ", end="", file=sys.stderr, flush=True)
     return model.eval()
 
 
@@ -84,13 +96,21 @@ def logits(model: Classifier, images: torch.Tensor, index: torch.Tensor) -> torc
 
 
 def cross_scores(data: Images, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool, steps: int, device: torch.device) -> tuple:
-    """-> for each image of U and of S the logit of "sensitive", by a classifier that was trained on the other half of both."""
+    """-> for each image of U and of S the logit of "sensitive", by a classifier that was trained on the other parts of both."""
     z_u, z_s = torch.zeros(len(u)), torch.zeros(len(s))
-    orders = [torch.randperm(len(index)) for index in (u, s)]
-    for half in [0, 1]:
-        (u_fit, u_score), (s_fit, s_score) = ((order[1 - half::2], order[half::2]) for order in orders)
-        model = fit(data.train, u[u_fit], s[s_fit], prior, hflip, steps, device, f"classifier {half + 1} of 2")
-        z_u[u_score], z_s[s_score] = logits(model, data.train, u[u_score]), logits(model, data.train, s[s_score])
+    part_u, part_s = torch.randperm(len(u)) % PARTS, torch.randperm(len(s)) % PARTS
+    for part in range(PARTS):
+        u_fit, s_fit = u[part_u != part], s[part_s != part]
+        n_normal, n_sensitive = (max(1, round(SURE * share * len(u_fit))) for share in [1 - prior, prior])
+        for turn in range(part * ROUNDS, (part + 1) * ROUNDS):
+            if turn == part * ROUNDS:
+                model = fit(data.train, u_fit, s_fit, partial(nnpu_loss, prior=prior), hflip, steps, device, turn)
+            else:
+                ranked = u_fit[logits(model, data.train, u_fit).argsort()]
+                model = fit(data.train, ranked[:n_normal], torch.cat([s_fit, ranked[-n_sensitive:]]), sure_loss, hflip, steps, device, turn)
+        for z, index, parts in [(z_u, u, part_u), (z_s, s, part_s)]:
+            z[parts == part] = logits(model, data.train, index[parts == part])
+    print(file=sys.stderr)
     return z_u, z_s
 
 
@@ -98,8 +118,8 @@ def write_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, pri
                  device: torch.device, steps: int = None) -> tuple:
     """cross_scores of u and s, which also go to a file that read_scores reads; torch's generators stay as they are.
     Raises ValueError for fewer than 4 images of either, OSError where the file cannot be written or training diverged."""
-    if min(len(u), len(s)) < 4:
-        raise ValueError(f"U has {len(u)} images and S {len(s)}: the two classifiers need at least 4 of each (train.py --scores none does without)")
+    if min(len(u), len(s)) < PARTS:
+        raise ValueError(f"U has {len(u)} images and S {len(s)}: the classifiers need at least {PARTS} of each (train.py --scores none does without)")
     try:    # better to fail now than after the training
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -140,7 +160,7 @@ def main():
                                      usage="python filter.py [--flag value ...]")
     flag = parser.add_argument
     data_flags(parser)
-    flag("--steps", type=positive, default=STEPS, help=f"of training, for each of two classifiers (default: {STEPS})")
+    flag("--steps", type=positive, default=STEPS, help=f"of each of {PARTS * ROUNDS} trainings (default: {STEPS})")
     flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     flag("--out_dir", type=Path, help="where scores.pt and dropped.png go (default: out/filter-DATASET-PRIOR)")
     args = parser.parse_args()
