@@ -74,13 +74,19 @@ def zero_init(module):
     return module
 
 
+class GroupNorm(nn.GroupNorm):
+    """In float32 under autocast, as CUDA has it anyway; on a CPU bfloat16 would be several times slower."""
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, time_dim, config):
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.groups, c_in, eps=config.norm_eps)
+        self.norm1 = GroupNorm(config.groups, c_in, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, c_out)
-        self.norm2 = nn.GroupNorm(config.groups, c_out, eps=config.norm_eps)
+        self.norm2 = GroupNorm(config.groups, c_out, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -97,14 +103,17 @@ class Attention(nn.Module):
     def __init__(self, c, config):
         super().__init__()
         self.heads = c // (config.head_dim or c)
-        self.norm = nn.GroupNorm(config.groups, c, eps=config.norm_eps)
+        self.norm = GroupNorm(config.groups, c, eps=config.norm_eps)
         self.qkv = nn.Linear(c, 3 * c)
         self.out = zero_init(nn.Linear(c, c))
 
     def forward(self, x):
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(self.qkv(h), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
-        h = F.scaled_dot_product_attention(q, k, v)                    # [B, heads, H*W, head_dim]
+        if x.device.type == "cpu":    # its fused kernel is slower, in bfloat16 twice
+            h = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)                # [B, heads, H*W, head_dim]
         h = self.out(rearrange(h, "b heads n d -> b n (heads d)"))
         return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
@@ -169,7 +178,7 @@ class UNet(nn.Module):
             self.up.append(Level(c_ins, c_out, time_dim, i in config.attention, resample, config))
             c = c_out
 
-        self.norm_out = nn.GroupNorm(config.groups, c, eps=config.norm_eps)
+        self.norm_out = GroupNorm(config.groups, c, eps=config.norm_eps)
         self.conv_out = zero_init(nn.Conv2d(c, c_image, 3, padding=1))
 
     @classmethod
@@ -281,7 +290,9 @@ def first_rank_first():
 
 
 def default_dtype(device: torch.device) -> str:
-    """-> bfloat16 on GPUs that have it, float16 on others, float32 elsewhere."""
+    """-> bfloat16 on GPUs and CPUs that compute in it, float16 on other GPUs of CUDA, float32 elsewhere."""
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return "bfloat16"
     if device.type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"

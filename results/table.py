@@ -26,14 +26,11 @@ def folder(flags: str) -> str:
     return "out/table/" + flags.replace("--", "").replace("/", "_").replace(" ", "-")
 
 
-def cleaned(base: str) -> str:
-    return f"--init_from {folder(base)}/ckpt.pt --lr 1e-3 --warmup_steps 50 --max_steps"
-
-
 PLAIN = "--scores none --push_limit inf --sensitive_share 0.5"    # the paper's risk on all of U, and half of each batch from S
 DDPM = "--schedule linear --prediction eps"      # the paper's diffusion
-HALF, ELEVENTH = BASES = [f"--prior {prior} --algorithm unsupervised {DDPM}" for prior in ["0.5", "1/11"]]    # models that others start from
-PU, CLEAN = f"--prior 0.5 {PLAIN} {DDPM}", f"--prior 0.5 {PLAIN} {cleaned(HALF)}"
+HALF = f"--prior 0.5 --algorithm unsupervised {DDPM}"    # the model that others start from
+PU = f"--prior 0.5 {PLAIN} {DDPM}"
+CLEAN = f"--prior 0.5 {PLAIN} --init_from {folder(HALF)}/ckpt.pt --lr 1e-3 --warmup_steps 50 --max_steps"
 
 
 def four(flags: str) -> list:
@@ -42,18 +39,20 @@ def four(flags: str) -> list:
 
 
 TABLES = {    # title: rows of a name and the flags of train.py
-    "odd digits are sensitive, half of U": four("--prior 0.5") + [("pu, 4000 steps", f"{PU} --max_steps 4000"), ("pu, default, 1000 steps", "--prior 0.5 --max_steps 1000"), ("pu, default", "--prior 0.5 --max_steps 4000")],
-    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11") + [("pu, default, 1000 steps", "--prior 1/11 --max_steps 1000")],
+    "odd digits are sensitive, half of U": four("--prior 0.5") + [
+        ("pu, 4000 steps", f"{PU} --max_steps 4000"), ("pu, default", "--prior 0.5 --max_steps 4000"),
+        ("pu, default, 100 labeled", "--prior 0.5 --n_labeled 100 --max_steps 4000"), ("oracle, default", "--prior 0.5 --algorithm oracle --max_steps 4000")],
+    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11") + [("pu, default", "--prior 1/11 --max_steps 4000")],
     "even digits are sensitive, half of U": four("--prior 0.5 --sensitive even"),
     "a model that was trained unsupervised": [("before", HALF), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
                                               ("pu from scratch, 2000 steps", PU)],
-    "the prior is 0.1, what the loss assumes": [("before", ELEVENTH)] + [(f"{guess}", f"--prior 0.1 --loss_prior {guess} {PLAIN} {cleaned(ELEVENTH)} 500")
-                                                                        for guess in [0.02, 0.05, 0.1, 0.2, 0.4]],
+    "the prior is 0.1, what the paper's risk assumes": [(guess, f"--prior 0.1 --loss_prior {guess} {PLAIN} --max_steps 1000")
+                                                        for guess in ["0.02", "0.05", "0.1", "0.2", "0.4"]],
 }
 SEEDS = {name: [f"{flags}{seed}" for seed in ["", " --seed 1", " --seed 2"]] for name, flags in [("unsupervised", HALF), ("pu", PU)]}
 
 
-SAMPLED = f"{PU} --max_steps 4000"    # the model that is sampled in different ways
+SAMPLED = "--prior 0.5 --max_steps 4000"    # the model that is sampled in different ways
 WAYS = {f"--sampler {sampler} --steps {steps} --n 2000": (sampler, steps)
         for sampler, steps in [(sampler, steps) for steps in [10, 20, 50] for sampler in ["ddpm", "ddim", "dpm++"]] + [("ddpm", 1000)]}
 
@@ -72,9 +71,8 @@ def train(flags: str, env: dict):
 
 def train_and_evaluate(flags: str, threads: int):
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    for base in BASES:
-        if f"{folder(base)}/ckpt.pt" in flags:
-            train(base, env)
+    if "--init_from" in flags:
+        train(HALF, env)
     train(flags, env)
     evaluate(f"--ckpt {folder(flags)}/ckpt.pt", env, flags, RESULTS)
 
@@ -104,7 +102,7 @@ def tables() -> str:
                 lines.append(row(name, rate, f"{r['fid']:.1f}", f"{r['fid_floor']:.1f}", f"{r['train_seconds'] / 60:.0f}", f"`{flags}{steps}`"))
     found_ways = results(SAMPLERS)
     if found_ways:
-        lines += ["", row("2,000 images of pu, 4000 steps", "ddpm", "ddim", "dpm++"), row(*["---"] * 4)]
+        lines += ["", row("2,000 images of pu, default", "ddpm", "ddim", "dpm++"), row(*["---"] * 4)]
         for steps in sorted({steps for _, steps in WAYS.values()}):
             cells = [found_ways.get(f"--sampler {sampler} --steps {steps} --n 2000") for sampler in ["ddpm", "ddim", "dpm++"]]
             lines.append(row(f"{steps} steps: rate, FID", *(f"{r['rate']:.3f}, {r['fid']:.2f}" if r else "" for r in cells)))
