@@ -117,7 +117,7 @@ def train_flops() -> int:
     optimizer.zero_grad()
     return counter.get_total_flops()
 
-flops, fast_ema = train_flops() / B, ema    # of an image, forward and backward; on a CPU without those of attention's softmax(QK)V
+flops, fast_ema = train_flops() / B, ema    # of an image, forward and backward
 if args.compile:
     x_0, eps, t = batch()
     eager = loss_fn

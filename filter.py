@@ -29,15 +29,31 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from data import DATASETS, Images, data_flags, digest, has_class, load, parse_classes, positive, save_grids, split
-from evaluate import Classifier
 from unet import find_device, ranks
 
 PARTS, ROUNDS = 4, 3    # of U and S; of training for each part
-STEPS = 250    # of a round
+STEPS = 500    # of a round
 SURE = 0.8    # share of the normal and of the sensitive images of U whose labels the next round trusts
+
+
+class Classifier(nn.Sequential):
+    """x [B, C, H, W] in [-1, 1] -> logits of "sensitive" [B, 1]. Convolutions, each halving the resolution down to 3x3 or so;
+    the first by a stride, for full resolution costs most and tells little; images above 64x64 are averaged down to that."""
+
+    def __init__(self, image_channels: int, image_size: int):
+        width, size = 32, min(image_size, 64) // 2
+        layers = [nn.Conv2d(image_channels, width, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        while size > 4:
+            c, width, size = width, min(2 * width, 128), size // 2
+            layers += [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU()]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(width * size ** 2, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 1))
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, (64, 64), mode="area") if x.shape[-1] > 64 else x)
 
 
 def nnpu_loss(z_u: torch.Tensor, z_s: torch.Tensor, prior: float) -> torch.Tensor:
@@ -70,13 +86,13 @@ def fit(images: torch.Tensor, n: torch.Tensor, s: torch.Tensor, loss_of, hflip: 
         turn: int) -> Classifier:
     """images [N, C, H, W] uint8; n, s: which of them to tell apart, by loss_of(z_n, z_s) of their logits; turn: of PARTS
     ROUNDS trainings, the how-manieth -> a network with one logit, in eval mode"""
-    model = Classifier(*images.shape[1:3], n_classes=1).to(device, memory_format=torch.channels_last)
+    model = Classifier(*images.shape[1:3]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     start, batch_size = time.time(), 64    # of each
     for step in range(1, steps + 1):
         index = torch.cat([index[torch.randint(len(index), (batch_size,))] for index in (n, s)])
-        z = model(distort(to_float(images[index], device), hflip))[0][:, 0]
+        z = model(distort(to_float(images[index], device), hflip))[:, 0]
         loss = loss_of(*z.split(batch_size))
         optimizer.zero_grad()
         loss.backward()
@@ -92,7 +108,7 @@ def fit(images: torch.Tensor, n: torch.Tensor, s: torch.Tensor, loss_of, hflip: 
 def logits(model: Classifier, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """-> [len(index)] float32, on the CPU"""
     device = next(model.parameters()).device
-    return torch.cat([model(to_float(images[i], device))[0][:, 0].cpu() for i in index.split(500)])
+    return torch.cat([model(to_float(images[i], device))[:, 0].cpu() for i in index.split(500)])
 
 
 def cross_scores(data: Images, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool, steps: int, device: torch.device) -> tuple:

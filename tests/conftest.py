@@ -57,7 +57,7 @@ def torchrun(script, *flags):
     return result.stdout
 
 
-SMALL = ["--dataset", "mnist", "--prior", "0.5", "--scores", "none", "--device", "cpu", "--batch_size", 32, "--warmup_steps", 5]
+SMALL = ["--dataset", "mnist", "--prior", "0.5", "--scores", "none", "--device", "cpu", "--dtype", "float32", "--batch_size", 32, "--warmup_steps", 5]
 
 
 @pytest.fixture(scope="session")

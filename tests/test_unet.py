@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import (Attention, Downsample, ResBlock, UNet, UNetConfig, Upsample, find_device, preset, read_checkpoint,
-                  timestep_embedding)
+from unet import (Attention, Downsample, GroupNorm, ResBlock, UNet, UNetConfig, Upsample, default_dtype, find_device, preset,
+                  read_checkpoint, timestep_embedding)
 
 SMALL = UNetConfig(image_channels=2, image_size=8, channels=(8, 16), blocks=1, attention=(1,), groups=4)
 
@@ -143,6 +143,15 @@ def test_attention_is_softmax_of_scaled_products(head_dim, heads):
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_under_autocast_group_norm_rounds_nothing_but_its_result():
+    torch.manual_seed(0)
+    norm, x = GroupNorm(2, 4, eps=1e-6), (100 + torch.randn(2, 4, 5, 5)).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, F.group_norm(x.float(), 2, norm.weight, norm.bias, eps=1e-6).bfloat16())
+
+
 def test_timestep_embedding_closed_form():
     emb = timestep_embedding(torch.tensor([0, 1, 999]), 8).double()
     t, f = torch.tensor([0.0, 1.0, 999.0]).double(), [1, 10000 ** (-1 / 3), 10000 ** (-2 / 3), 1e-4]
@@ -202,3 +211,10 @@ def test_find_device():
     for name in ["banana", "meta", "cuda:99"]:
         with pytest.raises(ValueError, match=f"--device {name} is not to be had here"):
             find_device(name)
+
+
+def test_the_default_precision_is_what_the_processor_computes_in(monkeypatch):
+    for capabilities, dtype in [({"avx512_bf16": True}, "bfloat16"), ({"avx512_bf16": False}, "float32"), ({}, "float32")]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        assert default_dtype(torch.device("cpu")) == dtype
+    assert default_dtype(torch.device("mps")) == "float32"
