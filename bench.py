@@ -40,7 +40,7 @@ flag("--batch_size", type=positive, default=128, help="images a step, at least 2
 flag("--steps", type=positive, default=20, help="network evaluations a sample, by dpm++ (default: 20)")
 flag("--repeats", type=positive, default=9, help="turns that every contender gets, of which the median counts (default: 9)")
 flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 where the GPU or CPU computes in it, else float16 on cuda, float32 elsewhere)")
+flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 on GPUs that have it and CPUs with AVX512-BF16, float16 on other cuda, else float32)")
 flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
 flag("--against", choices=["diffusers"], help="also measure the loop that one would write with this library")
 args = parser.parse_args()

@@ -282,7 +282,7 @@ def main():
         print(f"{args.out_dir / 'evaluation.png'}: the first {min(n, 100)}, those judged sensitive framed in red")
     except OSError as e:
         sys.exit(f"evaluate.py: error: {e}")
-    trained = {key: run.get(key) for key in ["algorithm", "prior", "loss_prior", "n_labeled", "model", "init_from"]}
+    trained = {key: run.get(key) for key in ["algorithm", "prior", "loss_prior", "n_labeled", "model", "init_from", "dtype"]}
     trained |= {"train_seed": run.get("seed"), "train_steps": ckpt.get("step"), "train_seconds": ckpt.get("seconds")} if run else {}
     print(json.dumps(dict(dataset=name, sensitive=sensitive, **trained, n=n, sampler=args.sampler if run else None,
                           steps=args.steps if run else None, seed=args.seed, rate=rate, rate_low=low, rate_high=high, fid=fid,

@@ -32,7 +32,7 @@ def sampling_flags(parser, n: int):
     flag("--seed", type=seed, default=0, help="of all noise (default: 0)")
     flag("--batch_size", type=positive, default=250, help="images at a time (default: 250)")
     flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the network (default: bfloat16 where the GPU or CPU computes in it, else float16 on cuda, float32 elsewhere)")
+    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the network (default: bfloat16 on GPUs that have it and CPUs with AVX512-BF16, float16 on other cuda, else float32)")
     flag("--compile", action="store_true", help="torch.compile the network, which takes a minute or so: for many images or steps")
 
 

@@ -67,7 +67,7 @@ flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosin
 flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
 flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
 flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 where the GPU or CPU computes in it, else float16 on cuda, float32 elsewhere)")
+flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 on GPUs that have it and CPUs with AVX512-BF16, float16 on other cuda, else float32)")
 flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on cuda only)")
 flag("--log_interval", type=positive, default=100, help="steps between two log lines (default: 100)")
 flag("--sample_interval", type=positive, default=500, help="steps between two sample grids and checkpoints (default: 500)")
@@ -304,7 +304,8 @@ def save_checkpoint():
 
 def save_samples(path):
     generator = torch.Generator(device).manual_seed(args.seed)    # its own: sampling does not disturb training
-    save_grid(to_uint8(diffusion.sample(ema, (64, channels, size, size), generator=generator)), path)
+    with autocast:
+        save_grid(to_uint8(diffusion.sample(ema, (64, channels, size, size), generator=generator)), path)
 
 log_path = args.out_dir / "log.csv"
 columns = ["step", "risk", "loss_u", "loss_s", "corrected", "lr", "images_per_second", "seconds"]

@@ -42,7 +42,7 @@ TABLES = {    # title: rows of a name and the flags of train.py
     "odd digits are sensitive, half of U": four("--prior 0.5") + [
         ("pu, 4000 steps", f"{PU} --max_steps 4000"), ("pu, default", "--prior 0.5 --max_steps 4000"),
         ("pu, default, 100 labeled", "--prior 0.5 --n_labeled 100 --max_steps 4000"), ("oracle, default", "--prior 0.5 --algorithm oracle --max_steps 4000")],
-    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11") + [("pu, default", "--prior 1/11 --max_steps 4000")],
+    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11") + [("pu, default, 8000 steps", "--prior 1/11 --max_steps 8000")],
     "even digits are sensitive, half of U": four("--prior 0.5 --sensitive even"),
     "a model that was trained unsupervised": [("before", HALF), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
                                               ("pu from scratch, 2000 steps", PU)],
@@ -99,7 +99,7 @@ def tables() -> str:
             if r := found.get(flags):
                 rate = f"{r['rate']:.3f} ({r['rate_low']:.3f} to {r['rate_high']:.3f})"
                 steps = "" if "--max_steps" in flags else f" --max_steps {STEPS}"
-                lines.append(row(name, rate, f"{r['fid']:.1f}", f"{r['fid_floor']:.1f}", f"{r['train_seconds'] / 60:.0f}", f"`{flags}{steps}`"))
+                lines.append(row(name, rate, f"{r['fid']:.2f}", f"{r['fid_floor']:.2f}", f"{r['train_seconds'] / 60:.0f}", f"`{flags}{steps}`"))
     found_ways = results(SAMPLERS)
     if found_ways:
         lines += ["", row("2,000 images of pu, default", "ddpm", "ddim", "dpm++"), row(*["---"] * 4)]

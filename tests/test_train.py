@@ -138,9 +138,10 @@ def same(a, b):
     return a == b
 
 
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtype):
     """Ctrl-C somewhere after the checkpoint at step 15, which lies between two log lines."""
-    flags = [*SMALL, "--max_steps", 30, "--log_interval", 12, "--sample_interval", 15]
+    flags = [*SMALL, "--dtype", dtype, "--max_steps", 30, "--log_interval", 12, "--sample_interval", 15]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run("train.py", *flags, "--out_dir", whole)
 

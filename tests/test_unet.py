@@ -128,12 +128,12 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(x, t), model(x, t))
 
 
-@pytest.mark.parametrize("head_dim, heads", [(0, 1), (4, 3)])
-def test_attention_is_softmax_of_scaled_products(head_dim, heads):
+@pytest.mark.parametrize("head_dim, heads, size", [(0, 1, (3, 5)), (4, 3, (3, 5)), (4, 3, (33, 32))])    # the last by the fused kernel
+def test_attention_is_softmax_of_scaled_products(head_dim, heads, size):
     torch.manual_seed(0)
     layer = Attention(12, replace(SMALL, head_dim=head_dim))
     torch.nn.init.normal_(layer.out.weight)
-    x = torch.randn(2, 12, 3, 5)
+    x = torch.randn(2, 12, *size)
     h = layer.norm(x).flatten(2).transpose(1, 2)                        # [B, H*W, C]
     heads_out = []
     for q, k, v in zip(*[part.chunk(heads, dim=-1) for part in layer.qkv(h).chunk(3, dim=-1)]):
