@@ -42,7 +42,7 @@ TABLES = {    # title: rows of a name and the flags of train.py
     "odd digits are sensitive, half of U": four("--prior 0.5") + [
         ("pu, 4000 steps", f"{PU} --max_steps 4000"), ("pu, default", "--prior 0.5 --max_steps 4000"),
         ("pu, default, 100 labeled", "--prior 0.5 --n_labeled 100 --max_steps 4000"), ("oracle, default", "--prior 0.5 --algorithm oracle --max_steps 4000")],
-    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11") + [("pu, default, 8000 steps", "--prior 1/11 --max_steps 8000")],
+    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11") + [("pu, default", "--prior 1/11 --max_steps 4000"), ("pu, default, 8000 steps", "--prior 1/11 --max_steps 8000")],
     "even digits are sensitive, half of U": four("--prior 0.5 --sensitive even"),
     "a model that was trained unsupervised": [("before", HALF), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
                                               ("pu from scratch, 2000 steps", PU)],
