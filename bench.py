@@ -28,7 +28,7 @@ from data import positive
 from diffusion import GaussianDiffusion
 from pretrained import describe
 from pu_loss import pu_loss
-from unet import PRESETS, UNet, compiled, default_dtype, find_device, preset, ranks
+from unet import PRESETS, UNet, compiled, default_dtype, device_flags, find_device, preset, ranks
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  usage="python bench.py [--flag value ...]")
@@ -39,8 +39,7 @@ flag("--channels", type=int, default=1, choices=[1, 3], help="grey or colour (de
 flag("--batch_size", type=positive, default=128, help="images a step, at least 2 (default: 128)")
 flag("--steps", type=positive, default=20, help="network evaluations a sample, by dpm++ (default: 20)")
 flag("--repeats", type=positive, default=9, help="turns that every contender gets, of which the median counts (default: 9)")
-flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 on GPUs that have it and CPUs with AVX512-BF16, float16 on other cuda, else float32)")
+device_flags(parser)
 flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
 flag("--against", choices=["diffusers"], help="also measure the loop that one would write with this library")
 args = parser.parse_args()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from data import no_pngs, positive, save_grid, save_png, seed, to_uint8
 from diffusion import GaussianDiffusion
 from pretrained import save_pretrained
-from unet import UNet, compiled, default_dtype, find_device, ranks, read_checkpoint
+from unet import UNet, compiled, default_dtype, device_flags, find_device, ranks, read_checkpoint
 
 
 def sampling_flags(parser, n: int):
@@ -31,8 +31,7 @@ def sampling_flags(parser, n: int):
     flag("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"], help="ddpm wants 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
     flag("--seed", type=seed, default=0, help="of all noise (default: 0)")
     flag("--batch_size", type=positive, default=250, help="images at a time (default: 250)")
-    flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-    flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the network (default: bfloat16 on GPUs that have it and CPUs with AVX512-BF16, float16 on other cuda, else float32)")
+    device_flags(parser)
     flag("--compile", action="store_true", help="torch.compile the network, which takes a minute or so: for many images or steps")
 
 

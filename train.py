@@ -24,13 +24,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from data import DATA_DIR, DATASETS, FITS, data_flags, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
 from filter import read_scores, write_scores
 from pretrained import load_pretrained
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
-from unet import PRESETS, UNet, UNetConfig, check, compiled, default_dtype, find_device, first_rank_first, preset, ranks, read_checkpoint
+from unet import PRESETS, UNet, UNetConfig, check, compiled, default_dtype, device_flags, find_device, first_rank_first, preset, ranks, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # the command line
@@ -66,8 +67,7 @@ flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 
 flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")
 flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
 flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
-flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-flag("--dtype", choices=["float32", "bfloat16", "float16"], help="of the forward pass (default: bfloat16 on GPUs that have it and CPUs with AVX512-BF16, float16 on other cuda, else float32)")
+device_flags(parser)
 flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on cuda only)")
 flag("--log_interval", type=positive, default=100, help="steps between two log lines (default: 100)")
 flag("--sample_interval", type=positive, default=500, help="steps between two sample grids and checkpoints (default: 500)")
@@ -245,10 +245,12 @@ def over_ranks(x):
     return x / world
 
 def loss_fn(x_0, t, eps, whole=None):
-    """One part of a batch -> its risk, and [risk, mean l on U, mean l on S, was it corrected?] for the log.
+    """One part of a batch -> its risk, and for the log [risk, mean l on U, on S, was it corrected?, l on U and l on S by thirds of t].
     whole: E_U[l] - prior E_S[l] of the whole batch, or anything of its sign; by default the parts of all ranks are it."""
     with autocast:
-        loss_u, loss_s = diffusion.per_image_loss(net, x_0, t, eps).split([n_u // parts, n_s // parts])
+        loss = diffusion.per_image_loss(net, x_0, t, eps)
+    by_third = 3 * loss.detach()[:, None] * F.one_hot(3 * t // diffusion.T, 3)    # [B, 3]; a third of all t are in each
+    by_third, (loss_u, loss_s) = (x.split([n_u // parts, n_s // parts]) for x in (by_third, loss))
     if args.algorithm == "pu" and args.push_limit < math.inf:    # else a few images of S, learned by heart, are pushed away for ever, and all others with them
         loss_s = loss_s.minimum(args.push_limit * loss_u[:len(loss_s)].detach())
     mean_u, mean_s = loss_u.mean(), loss_s.mean()
@@ -260,7 +262,8 @@ def loss_fn(x_0, t, eps, whole=None):
         risk = pu_loss(loss_u, loss_s, args.loss_prior, args.correction, whole)
     else:
         risk = supervised_loss(loss_u, loss_s)
-    return risk, torch.stack([risk, mean_u, mean_s, (whole < 0) & corrects]).detach()
+    figures = torch.stack([risk, mean_u, mean_s, (whole < 0) & corrects]).detach()
+    return risk, torch.cat([figures, *(x.mean(0) for x in by_third)])
 
 if args.compile:
     black, eps = (torch.zeros(args.batch_size // parts, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -270,14 +273,15 @@ if args.compile:
     loss_fn = compiled(eager, lambda fast: fast(*trial)[0].backward())
     optimizer.zero_grad()
 
-step, sums, counted = 0, torch.zeros(4, device=device), 0    # sums of loss_fn's figures since the last log line
+step, sums, counted = 0, torch.zeros(10, device=device), 0    # sums of loss_fn's figures since the last log line
 seconds = 0.0    # trained before this start
 if ckpt:
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optimizer.load_state_dict(ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"])
-    step, sums, counted, seconds = ckpt["step"], ckpt["sums"].to(device), ckpt["counted"], ckpt.get("seconds", 0.0)
+    step, counted, seconds = ckpt["step"], ckpt["counted"], ckpt.get("seconds", 0.0)
+    sums[:len(ckpt["sums"])] = ckpt["sums"]    # older ones are shorter
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type in ckpt["rng"] and device.type != "cpu":
         getattr(torch, device.type).set_rng_state(ckpt["rng"][device.type])
@@ -308,7 +312,8 @@ def save_samples(path):
         save_grid(to_uint8(diffusion.sample(ema, (64, channels, size, size), generator=generator)), path)
 
 log_path = args.out_dir / "log.csv"
-columns = ["step", "risk", "loss_u", "loss_s", "corrected", "lr", "images_per_second", "seconds"]
+columns = ["step", "risk", "loss_u", "loss_s", "corrected", "lr", "images_per_second", "seconds",
+           *(f"loss_{part}_{t}_t" for part in "us" for t in ["low", "middle", "high"])]
 rows = []
 try:
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -399,13 +404,13 @@ while step < args.max_steps:
         sums = over_ranks(sums)
     if step % args.log_interval == 0 or step == args.max_steps:
         check_finite()
-        risk, loss_u, loss_s, corrected = (sums / counted).tolist()
+        risk, loss_u, loss_s, corrected, *thirds = (sums / counted).tolist()
         speed = counted * args.batch_size / (time.time() - mark)
         elapsed = time.time() - start
         left = elapsed / (step - first_step) * (args.max_steps - step)
-        print(f"step {step}/{args.max_steps}  risk {risk:.3f}  l_U {loss_u:.3f}  l_S {loss_s:.3f}  corrected {corrected:.0%}  "
-              f"lr {lr:.2e}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        log.writerow([step, risk, loss_u, loss_s, corrected, lr, round(speed, 1), round(seconds + elapsed, 1)])
+        print(f"step {step}/{args.max_steps}  risk {risk:.3f}  l_U {loss_u:.3f}  " + f"l_S {loss_s:.3f}  corrected {corrected:.0%}  " * (n_s > 0)
+              + f"lr {lr:.2e}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        log.writerow([step, risk, loss_u, loss_s, corrected, lr, round(speed, 1), round(seconds + elapsed, 1), *thirds])
         log_file.flush()
         sums, counted, mark = torch.zeros_like(sums), 0, time.time()
     if step % args.sample_interval == 0 or step == args.max_steps:

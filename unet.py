@@ -251,6 +251,9 @@ def check(config):
             raise ValueError(f"head_dim = {config.head_dim} does not divide {c} channels of attention")
 
 
+# -----------------------------------------------------------------------------
+# the machine that it runs on, and the files that it comes from, alike for all scripts
+
 def find_device(name: str = None) -> torch.device:
     """The device of that name, or the best there is: cuda, else mps, else cpu. Under torchrun each process, a rank, gets
     its own, and they are connected, by NCCL or on CPUs by gloo. Raises ValueError where it cannot be had."""
@@ -287,6 +290,14 @@ def first_rank_first():
     yield
     if turns and os.environ["LOCAL_RANK"] == "0":
         dist.barrier()
+
+
+def device_flags(parser):
+    """Adds the flags that find_device and default_dtype are the defaults of."""
+    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="of the network's forward pass (default: bfloat16 on GPUs that have it and on CPUs with AVX512-BF16, float16 on "
+                             "other cuda, else float32)")
 
 
 def default_dtype(device: torch.device) -> str:

@@ -119,6 +119,19 @@ def test_flips_are_for_those_who_ask(tmp_path, monkeypatch):
     assert [name for name, info in data.DATASETS.items() if info["hflip"]] == ["cifar10", "stl10", "celeba", "folder"]
 
 
+def test_the_log_tells_where_the_losses_differ(tmp_path, monkeypatch):
+    """A fresh network says zero, so l is |eps|^2 at first; a third counts three times, for it has a third of all timesteps."""
+    shown = overhear(monkeypatch, "--prediction", "eps", "--max_steps", 1, "--log_interval", 1, "--out_dir", tmp_path / "run")
+    [row] = read_log(tmp_path / "run")
+    (_, t, eps), = shown
+    l = eps.square().flatten(1).sum(1)
+    for part, l_part, t_part in [("u", l[:16], t[:16]), ("s", l[16:], t[16:])]:
+        for name, low, high in [("low", 0, 334), ("middle", 334, 667), ("high", 667, 1000)]:
+            inside = (low <= t_part) & (t_part < high)
+            assert row[f"loss_{part}_{name}_t"] == pytest.approx(float(3 * (l_part * inside).mean()), rel=1e-5)
+        assert sum(row[f"loss_{part}_{name}_t"] for name in ["low", "middle", "high"]) / 3 == pytest.approx(row[f"loss_{part}"], rel=1e-5)
+
+
 def test_loss_prior_and_ema_decay(tmp_path):
     """Far from any fit, sensitive images cost nothing: the risk is | l_U - loss_prior l_S |. Decay 0 averages nothing."""
     run("train.py", *SMALL, "--loss_prior", "0.2", "--ema_decay", 0, "--max_steps", 3, "--log_interval", 1, "--out_dir", tmp_path / "run")
