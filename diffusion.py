@@ -23,7 +23,7 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, T: int = 1000, schedule: str = "linear", prediction: str = "eps"):
         """schedule: "linear", betas from 1e-4 to 0.02 (DDPM, section 4), "cosine" (Nichol & Dhariwal, eq. 17), or
-        "lognormal", the signal-to-noise ratios that EDM trains on (Karras et al., table 1), at more noise: log SNR ~ N(-0.5, 2^2).
+        "lognormal", as are the noise levels that EDM trains on (Karras et al., table 1: log SNR ~ N(1, 2.4^2)), at more noise: N(-0.5, 2^2).
         prediction: what networks output, "eps" or "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho,
         section 4), the part of eps that x_t does not tell. Where x_t is nearly all noise, a network for eps copies its
         input, to many digits if x_0 is to be right; one for v says what it thinks of x_0. Raises ValueError for any other."""

@@ -282,8 +282,9 @@ def main():
         print(f"{args.out_dir / 'evaluation.png'}: the first {min(n, 100)}, those judged sensitive framed in red")
     except OSError as e:
         sys.exit(f"evaluate.py: error: {e}")
-    trained = {key: run.get(key) for key in ["algorithm", "prior", "loss_prior", "n_labeled", "model", "init_from", "dtype"]}
-    trained |= {"train_seed": run.get("seed"), "train_steps": ckpt.get("step"), "train_seconds": ckpt.get("seconds")} if run else {}
+    trained = {key: run.get(key) for key in ["algorithm", "prior", "n_labeled", "model", "init_from", "dtype"]}
+    trained |= {"loss_prior": ckpt.get("loss_prior", run.get("loss_prior")), "train_seed": run.get("seed"),
+                "train_steps": ckpt.get("step"), "train_seconds": ckpt.get("seconds")} if run else {}
     print(json.dumps(dict(dataset=name, sensitive=sensitive, **trained, n=n, sampler=args.sampler if run else None,
                           steps=args.steps if run else None, seed=args.seed, rate=rate, rate_low=low, rate_high=high, fid=fid,
                           fid_floor=floor, classes=counts, classifier_accuracy=accuracy, false_alarms=false_alarms, misses=misses)))

@@ -140,22 +140,23 @@ def write_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, pri
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OSError(f"--out_dir {path.parent} cannot be written: {e}") from None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         z_u, z_s = cross_scores(data, u, s, prior, hflip, steps or STEPS, device)
     if not (z_u.sum() + z_s.sum()).isfinite():
         raise OSError("the classifier diverged: its scores are not finite")
     try:
-        torch.save(dict(u=u, s=s, z_u=z_u, z_s=z_s, images=digest(data.train)), f"{path}.tmp")
+        torch.save(dict(u=u, s=s, z_u=z_u, z_s=z_s, images=digest(data.train), told=(prior, seed)), f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     except RuntimeError as e:    # a full disk, to torch.save
         raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
     return z_u, z_s
 
 
-def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep: float) -> tuple:
+def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep: float, told: tuple = None) -> tuple:
     """What write_scores wrote -> those of u that are kept, the fraction `keep` of the lowest scores, and those of s that score no
-    higher. Raises OSError for a file that is missing or something else, ValueError where it is for other images."""
+    higher. told: the prior and the seed that it must have been given, if that matters. Raises OSError for a file that is missing or
+    something else, ValueError where it is for other images or was told otherwise."""
     try:
         scores = torch.load(path, weights_only=True)
     except FileNotFoundError:
@@ -165,7 +166,9 @@ def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep
     if not isinstance(scores, dict) or not {"u", "s", "z_u", "z_s", "images"} <= scores.keys():
         raise OSError(f"--scores {path} is not what filter.py writes, or is damaged")
     if not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s) or scores["images"] != digest(data.train):
-        raise ValueError(f"--scores {path} is for other images: say what U and S are, and --seed, as filter.py was told")
+        raise ValueError(f"--scores {path} is for other images: say what U and S are, and --seed, as when it was made, or delete it")
+    if told and scores.get("told", told) != told:
+        raise ValueError("{} was made for a prior of {:.4g} and --seed {}: delete it, or say --scores {} to use it".format(path, *scores["told"], path))
     z_u, z_s = scores["z_u"], scores["z_s"]
     threshold = z_u.kthvalue(math.ceil(keep * len(u))).values
     return u[z_u <= threshold], s[z_s <= threshold]

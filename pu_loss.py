@@ -51,10 +51,10 @@ def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction
     raise ValueError(f"unknown correction {correction!r}: choose abs, nn or none")
 
 
-def supervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor) -> torch.Tensor:
+def supervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, share: float) -> torch.Tensor:
     """The baseline that takes all of U for normal: the mean over the union of U and S of the two label costs.
-    loss_u [B_u], loss_s [B_s], drawn in the proportion in which U and S exist -> scalar."""
-    return torch.cat([loss_u, -log1mexp(loss_s)]).mean()
+    loss_u [B_u], loss_s [B_s]; share: the fraction of that union which is S, in [0, 1] -> scalar."""
+    return (1 - share) * loss_u.mean() + share * -log1mexp(loss_s).mean()
 
 
 def unsupervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor = None) -> torch.Tensor:

@@ -65,7 +65,7 @@ flag("--sensitive_share", type=fraction, help="share of each batch that pu draws
 flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper, the size of U times 20 / --batch_size with --init_from)")
 flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper and with --init_from)")
 flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")
-flag("--grad_clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
+flag("--grad_clip", type=float, default=1.0, help="largest gradient norm; inf: no limit (default: 1)")
 flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
 device_flags(parser)
 flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on cuda only)")
@@ -116,9 +116,10 @@ if args.sensitive_share and args.sensitive_share > 0.5:
     parser.error(f"--sensitive_share {args.sensitive_share} is above 0.5: every image of S is paired with one of U")
 if not args.push_limit > 0:
     parser.error("--push_limit must be a positive number, or inf")
-for name in ["lr", "grad_clip"]:
-    if not 0 < getattr(args, name) < math.inf:
-        parser.error(f"--{name} must be a positive number")
+if not 0 < args.lr < math.inf:
+    parser.error("--lr must be a positive number")
+if not args.grad_clip > 0:
+    parser.error("--grad_clip must be a positive number, or inf")
 if args.keep and args.scores == "none":
     parser.error("--keep needs --scores: auto, or a file of filter.py")
 if args.scores != "none" and args.algorithm == "oracle":
@@ -177,8 +178,7 @@ try:
     check_size(config, channels, size)
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
     n_U, n_S = len(u), len(s)
-    if not ckpt:
-        args.loss_prior = args.loss_prior or args.prior
+    loss_prior = args.loss_prior = args.loss_prior or args.prior
     if args.scores != "none":
         args.keep = args.keep or 0.9 * (1 - args.loss_prior)
         scores_path = args.out_dir / "scores.pt" if args.scores == "auto" else Path(args.scores)
@@ -187,13 +187,13 @@ try:
             write_scores(scores_path, data, u, s, args.loss_prior, args.hflip, args.seed, device)
         if world > 1:
             dist.barrier()
-        kept_u, kept_s = read_scores(scores_path, data, u, s, args.keep)
-        if not ckpt:    # the prior of what is kept
-            args.loss_prior *= (len(kept_s) / n_S) / (len(kept_u) / n_U)
-        u, s = kept_u, kept_s
+        u, s = read_scores(scores_path, data, u, s, args.keep, (args.loss_prior, args.seed) if args.scores == "auto" and not ckpt else None)
+        loss_prior *= (len(s) / n_S) / (len(u) / n_U)    # of what is kept
+    if ckpt:
+        loss_prior = ckpt.get("loss_prior", args.loss_prior)    # older ones have it there
     counts = [len(u), len(s)]
-    if not args.loss_prior < 1:
-        parser.error(f"the scores in {scores_path} leave a prior of {args.loss_prior:.3g}, which is none: they, or --prior, are wrong")
+    if not loss_prior < 1:
+        parser.error(f"the scores in {scores_path} leave a prior of {loss_prior:.3g}, which is none: they, or --prior, are wrong")
     if args.algorithm == "oracle":
         u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
         counts[0] = n_U = len(u)
@@ -202,7 +202,7 @@ except ValueError as e:
     parser.error(e)
 except OSError as e:
     fail(e)
-args.max_steps = args.max_steps or math.ceil(20 * len(u) / args.batch_size)
+args.max_steps = args.max_steps or math.ceil(20 * n_U / args.batch_size)
 if ckpt and ckpt["counts"] != counts:
     what, where = ("images", args.data_dir) if args.scores == "none" else ("scores", scores_path)
     fail(f"{where} holds other {what} than when the run began: U and S had {ckpt['counts']}, now {counts}")
@@ -213,9 +213,9 @@ if (len(u) + len(s)) * images[0].numel() <= FITS:
 
 # each step draws a fixed number of each, and every rank and round gets as many as any other
 parts = world * args.grad_accum
-optimal = args.loss_prior / (1 + args.loss_prior)    # 0 where the scores keep nothing of S: then pu is unsupervised
+optimal = loss_prior / (1 + loss_prior)    # 0 where the scores keep nothing of S: then pu is unsupervised
 share = {"pu": optimal and (args.sensitive_share or optimal), "supervised": counts[1] / sum(counts)}.get(args.algorithm, 0)
-n_s = round(share * args.batch_size)
+n_s = max(int(share > 0), round(share * args.batch_size))
 if args.algorithm == "pu" and not args.sensitive_share:
     n_s = 8 * math.ceil(share * args.batch_size / 8)    # which most numbers of ranks and rounds divide
 n_s = min(n_s, args.batch_size // 2)
@@ -245,25 +245,25 @@ def over_ranks(x):
     return x / world
 
 def loss_fn(x_0, t, eps, whole=None):
-    """One part of a batch -> its risk, and for the log [risk, mean l on U, on S, was it corrected?, l on U and l on S by thirds of t].
+    """One part of a batch -> its risk, and for the log [risk, mean l on U, mean limited l on S, was it corrected?, l on U and l on S by thirds of t].
     whole: E_U[l] - prior E_S[l] of the whole batch, or anything of its sign; by default the parts of all ranks are it."""
     with autocast:
         loss = diffusion.per_image_loss(net, x_0, t, eps)
-    by_third = 3 * loss.detach()[:, None] * F.one_hot(3 * t // diffusion.T, 3)    # [B, 3]; a third of all t are in each
-    by_third, (loss_u, loss_s) = (x.split([n_u // parts, n_s // parts]) for x in (by_third, loss))
+    thirds = 3 * loss[:, None] * F.one_hot(3 * t // diffusion.T, 3)    # [B, 3]: into each falls a third of all t
+    (loss_u, loss_s), (thirds_u, thirds_s) = (x.split([n_u // parts, n_s // parts]) for x in (loss, thirds))
     if args.algorithm == "pu" and args.push_limit < math.inf:    # else a few images of S, learned by heart, are pushed away for ever, and all others with them
         loss_s = loss_s.minimum(args.push_limit * loss_u[:len(loss_s)].detach())
     mean_u, mean_s = loss_u.mean(), loss_s.mean()
     if whole is None:
-        whole = over_ranks((mean_u - args.loss_prior * mean_s).detach())
+        whole = over_ranks((mean_u - loss_prior * mean_s).detach())
     if not n_s:
         risk = unsupervised_loss(loss_u)
     elif args.algorithm == "pu":
-        risk = pu_loss(loss_u, loss_s, args.loss_prior, args.correction, whole)
+        risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, whole)
     else:
-        risk = supervised_loss(loss_u, loss_s)
-    figures = torch.stack([risk, mean_u, mean_s, (whole < 0) & corrects]).detach()
-    return risk, torch.cat([figures, *(x.mean(0) for x in by_third)])
+        risk = supervised_loss(loss_u, loss_s, share)
+    figures = torch.stack([risk, mean_u, mean_s, (whole < 0) & corrects])
+    return risk, torch.cat([figures, thirds_u.mean(0), thirds_s.mean(0)]).detach()
 
 if args.compile:
     black, eps = (torch.zeros(args.batch_size // parts, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -300,7 +300,7 @@ def save_checkpoint():
     saved_args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     try:
         torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict(), config=asdict(config), args=saved_args, counts=counts, step=step, sums=sums,
+                        scaler=scaler.state_dict(), config=asdict(config), args=saved_args, loss_prior=loss_prior, counts=counts, step=step, sums=sums,
                         counted=counted, rng=rng, seconds=seconds + time.time() - start), f"{ckpt_path}.tmp")
         os.replace(f"{ckpt_path}.tmp", ckpt_path)
     except (OSError, RuntimeError) as e:    # RuntimeError: a full disk, to torch.save
@@ -333,7 +333,7 @@ n_params = sum(p.numel() for p in model.parameters())
 print(f"{args.dataset}: U has {n_U:,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {n_S:,}")
 if args.scores != "none":
     print(f"{scores_path}: of these, the {args.keep:.4g} of U that score lowest, {len(u):,}, and what scores no higher of S, {len(s):,}")
-print(f"{args.algorithm}, prior {args.loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step"
+print(f"{args.algorithm}, prior {loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step"
       + f", in {parts} parts: {world} ranks, {args.grad_accum} rounds each" * (parts > 1))
 print(f"{args.model or args.init_from} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
       f"{'compiled' if args.compile and loss_fn is not eager else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
@@ -352,7 +352,7 @@ def gradients(index, mirror, t, eps, whole=None):
     for part in range(rank, parts, world):    # every parts-th image of U, and of S, which are its pairs
         index_i, mirror_i, t_i, eps_i = (torch.cat([x[part:n_u:parts], x[n_u + part::parts]]) for x in [index, mirror, t, eps])
         x_0 = images[index_i]
-        if device.type == "cuda" and x_0.device != device:
+        if device.type == "cuda" and x_0.is_cpu:
             x_0 = x_0.pin_memory()
         x_0 = x_0.to(device, non_blocking=True).float() / 127.5 - 1
         x_0 = x_0.contiguous(memory_format=torch.channels_last)    # [B / parts, C, H, W] in [-1, 1]
@@ -385,7 +385,7 @@ while step < args.max_steps:
         figures = gradients(index, mirror, t, eps)
     else:    # take the difference for positive, and where the whole batch disagrees, do it again
         figures = gradients(index, mirror, t, eps, plus)
-        if corrects and over_ranks(figures[1] - args.loss_prior * figures[2]) < 0:
+        if corrects and over_ranks(figures[1] - loss_prior * figures[2]) < 0:
             optimizer.zero_grad()
             figures = gradients(index, mirror, t, eps, -plus)
     scaler.unscale_(optimizer)
@@ -402,8 +402,8 @@ while step < args.max_steps:
 
     if step % args.log_interval == 0 or step % args.sample_interval == 0 or step == args.max_steps:
         sums = over_ranks(sums)
-    if step % args.log_interval == 0 or step == args.max_steps:
         check_finite()
+    if step % args.log_interval == 0 or step == args.max_steps:
         risk, loss_u, loss_s, corrected, *thirds = (sums / counted).tolist()
         speed = counted * args.batch_size / (time.time() - mark)
         elapsed = time.time() - start
@@ -415,7 +415,6 @@ while step < args.max_steps:
         sums, counted, mark = torch.zeros_like(sums), 0, time.time()
     if step % args.sample_interval == 0 or step == args.max_steps:
         pause = time.time()
-        check_finite()
         samples_path = args.out_dir / f"samples_{step:06d}.png"
         if rank == 0:
             save_checkpoint()

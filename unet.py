@@ -258,8 +258,9 @@ def find_device(name: str = None) -> torch.device:
     """The device of that name, or the best there is: cuda, else mps, else cpu. Under torchrun each process, a rank, gets
     its own, and they are connected, by NCCL or on CPUs by gloo. Raises ValueError where it cannot be had."""
     torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    name = name or str(torch.accelerator.current_accelerator() or "cpu")
     try:
-        device = torch.device(name or torch.accelerator.current_accelerator() or "cpu")
+        device = torch.device(name)
         if torchrun and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if torchrun and device.type == "mps":    # which no backend connects
@@ -296,12 +297,12 @@ def device_flags(parser):
     """Adds the flags that find_device and default_dtype are the defaults of."""
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="of the network's forward pass (default: bfloat16 on GPUs that have it and on CPUs with AVX512-BF16, float16 on "
+                        help="of the network's forward pass (default: bfloat16 on cuda that has it and on CPUs with AVX512-BF16, float16 on "
                              "other cuda, else float32)")
 
 
 def default_dtype(device: torch.device) -> str:
-    """-> bfloat16 on GPUs that compute in it and on CPUs with AVX512-BF16, float16 on other GPUs of CUDA, float32 elsewhere."""
+    """-> bfloat16 on CUDA GPUs that compute in it and on CPUs with AVX512-BF16, float16 on other CUDA GPUs, float32 elsewhere."""
     if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
         return "bfloat16"
     if device.type != "cuda":

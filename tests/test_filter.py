@@ -92,8 +92,9 @@ def test_a_hard_cut_shows_the_loss_nothing_else(scores, tmp_path, monkeypatch):
     for images in shown(monkeypatch, tmp_path, scores[0], "--keep", "0.5"):
         images = [image.contiguous().numpy().tobytes() for image in images]
         assert set(images[:200]) <= U and set(images[200:]) <= S and len(set(images[:200])) > 100
-    args = torch.load(tmp_path / "run" / "ckpt.pt")["args"]
-    assert args["loss_prior"] == pytest.approx(0.5 * (kept["z_s"] <= threshold).float().mean().item() / 0.5)
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
+    assert ckpt["args"]["loss_prior"] == 0.5
+    assert ckpt["loss_prior"] == pytest.approx(0.5 * (kept["z_s"] <= threshold).float().mean().item() / 0.5)
 
 
 @pytest.mark.parametrize("prior", [0.2, 0.5])
@@ -133,15 +134,19 @@ def test_the_default_is_a_classifier_first(tmp_path, monkeypatch):
     a, b = (torch.load(tmp_path / name / "ckpt.pt") for name in ["run", "same"])
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert "step 3/3" in run("train.py", "--resume", "--max_steps", 3, "--out_dir", tmp_path / "run").stdout
+    (tmp_path / "run" / "ckpt.pt").unlink()    # as if interrupted before the first checkpoint: made for this prior, the scores serve again
+    refused(2, "scores.pt was made for a prior of 0.5 and --seed 0: delete it, or", "train.py", *flags, "--loss_prior", 0.4, "--out_dir", tmp_path / "run")
+    assert "classifier first" not in run("train.py", *flags, "--out_dir", tmp_path / "run").stdout
     assert path.read_bytes() == before
 
 
 def test_a_run_with_scores_can_be_resumed(scores, tmp_path):
     flags = [*SMALL, "--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 2, "--scores", scores[0], "--loss_prior", 0.2, "--out_dir", tmp_path / "run"]
     run("train.py", *flags)
-    before = torch.load(tmp_path / "run" / "ckpt.pt")["args"]["loss_prior"]
-    assert "step 3/3" in run("train.py", "--resume", "--max_steps", 3, "--out_dir", tmp_path / "run").stdout
-    assert torch.load(tmp_path / "run" / "ckpt.pt")["args"]["loss_prior"] == before
+    before = torch.load(tmp_path / "run" / "ckpt.pt")["loss_prior"]
+    for steps, again in [(3, flags), (4, [])]:    # the same flags as before, or none
+        assert f"step {steps}/{steps}" in run("train.py", *again, "--resume", "--max_steps", steps, "--out_dir", tmp_path / "run").stdout
+        assert torch.load(tmp_path / "run" / "ckpt.pt")["loss_prior"] == before
     kept = torch.load(scores[0])
     n_kept = math.ceil(0.9 * (1 - 0.2) * 600)
     passed = (kept["z_s"] <= kept["z_u"].sort().values[n_kept - 1]).float().mean().item()

@@ -98,8 +98,8 @@ def test_risk_and_gradient_are_finite_for_any_losses(correction):
 def test_baselines():
     loss_u, loss_s = torch.tensor([3.0, 5.0, 7.0]), torch.tensor([1.0])
     assert unsupervised_loss(loss_u, loss_s).item() == pytest.approx(5.0)
-    assert supervised_loss(loss_u, loss_s).item() == pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)
-    assert supervised_loss(loss_u, loss_s[:0]).item() == pytest.approx(5.0)      # no sensitive image in this batch
+    assert supervised_loss(loss_u, loss_s, 1 / 4).item() == pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)
+    assert supervised_loss(loss_u, loss_s.repeat(9), 1 / 4).item() == pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)    # however many are drawn
 
 
 def test_bad_arguments_are_refused():
