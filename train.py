@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from data import DATA_DIR, DATASETS, FITS, data_flags, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
 from diffusion import GaussianDiffusion
@@ -249,7 +248,7 @@ def loss_fn(x_0, t, eps, whole=None):
     whole: E_U[l] - prior E_S[l] of the whole batch, or anything of its sign; by default the parts of all ranks are it."""
     with autocast:
         loss = diffusion.per_image_loss(net, x_0, t, eps)
-    thirds = 3 * loss[:, None] * F.one_hot(3 * t // diffusion.T, 3)    # [B, 3]: into each falls a third of all t
+    thirds = 3 * loss[:, None] * (3 * t[:, None] // diffusion.T == torch.arange(3, device=device))    # [B, 3]: into each falls a third of all t
     (loss_u, loss_s), (thirds_u, thirds_s) = (x.split([n_u // parts, n_s // parts]) for x in (loss, thirds))
     if args.algorithm == "pu" and args.push_limit < math.inf:    # else a few images of S, learned by heart, are pushed away for ever, and all others with them
         loss_s = loss_s.minimum(args.push_limit * loss_u[:len(loss_s)].detach())
