@@ -212,11 +212,13 @@ if (len(u) + len(s)) * images[0].numel() <= FITS:
 
 # each step draws a fixed number of each, and every rank and round gets as many as any other
 parts = world * args.grad_accum
-optimal = loss_prior / (1 + loss_prior)    # 0 where the scores keep nothing of S: then pu is unsupervised
+optimal = loss_prior / (1 + loss_prior)
 share = {"pu": optimal and (args.sensitive_share or optimal), "supervised": counts[1] / sum(counts)}.get(args.algorithm, 0)
 n_s = max(int(share > 0), round(share * args.batch_size))
 if args.algorithm == "pu" and not args.sensitive_share:
     n_s = 8 * math.ceil(share * args.batch_size / 8)    # which most numbers of ranks and rounds divide
+    if args.scores != "none" and len(s) < n_s:    # learned by heart, a few images tell nothing of the others that are left
+        n_s = share = 0
 n_s = min(n_s, args.batch_size // 2)
 n_u = args.batch_size - n_s
 if share and n_s == 0:
@@ -333,7 +335,7 @@ print(f"{args.dataset}: U has {n_U:,} images, {0 if args.algorithm == 'oracle' e
 if args.scores != "none":
     print(f"{scores_path}: of these, the {args.keep:.4g} of U that score lowest, {len(u):,}, and what scores no higher of S, {len(s):,}")
 print(f"{args.algorithm}, prior {loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step"
-      + f", in {parts} parts: {world} ranks, {args.grad_accum} rounds each" * (parts > 1))
+      + " (too few of S are left to learn from)" * (args.algorithm == "pu" and n_s == 0) + f", in {parts} parts: {world} ranks, {args.grad_accum} rounds each" * (parts > 1))
 print(f"{args.model or args.init_from} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
       f"{'compiled' if args.compile and loss_fn is not eager else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
 

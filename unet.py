@@ -1,5 +1,6 @@
 """
-The noise predictor: the U-Net of DDPM (Ho et al. 2020, arXiv:2006.11239), from x_t and t to the noise in x_t.
+The noise predictor: the U-Net of DDPM (Ho et al. 2020, arXiv:2006.11239), from x_t and t to the noise in x_t, or to
+whatever else tells it, as the v of diffusion.py does.
 
     model = UNet(preset("tiny", image_channels=1, image_size=28))
     eps = model(x_t, t)                  # [B, C, H, W], [B] -> [B, C, H, W]
@@ -199,7 +200,7 @@ class UNet(nn.Module):
         return load_pretrained(folder_or_name)[0]
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t [B, C, H, W], timesteps t [B] in [0, T) -> the predicted noise eps [B, C, H, W]."""
+        """x_t [B, C, H, W], timesteps t [B] in [0, T) -> the predicted noise eps (or v) [B, C, H, W]."""
         pad, patch = self.config.pad, self.config.patch
         emb = timestep_embedding(t, self.config.channels[0], self.config.freq_shift, self.config.flip_sin_to_cos)
         emb = F.silu(self.time(emb))                                                # [B, 4 * channels[0]]

@@ -109,10 +109,15 @@ def test_the_risk_of_what_is_kept_is_exact(prior):
     assert ((mean(u) - left * mean(s)) / (1 - left)).item() == pytest.approx(mean(n).item(), rel=1e-12)
 
 
-def test_where_nothing_of_s_is_kept_nothing_is_pushed_away(scores, tmp_path):
-    some = [*SMALL, "--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 2, "--scores", scores[0], "--keep", "0.001"]
-    assert "32 of U and 0 of S a step" in run("train.py", *some, "--out_dir", tmp_path / "pu").stdout
-    assert "32 of U and 0 of S a step" in run("train.py", *some, "--sensitive_share", "0.5", "--out_dir", tmp_path / "half").stdout
+@pytest.mark.parametrize("n_kept", [0, 7])
+def test_where_fewer_of_s_are_kept_than_a_step_takes_nothing_is_pushed_away(scores, tmp_path, n_kept):
+    kept = torch.load(scores[0])
+    keep = (kept["z_u"] < kept["z_s"].sort().values[n_kept]).sum().item() / 600    # all of U that scores below the first of S that is dropped
+    some = [*SMALL, "--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 2, "--scores", scores[0], "--keep", keep]
+    printed = run("train.py", *some, "--out_dir", tmp_path / "pu").stdout
+    assert f"of S, {n_kept}\n" in printed and "32 of U and 0 of S a step (too few of S are left" in printed
+    n_s = 16 if n_kept else 0
+    assert f"{32 - n_s} of U and {n_s} of S a step" in run("train.py", *some, "--sensitive_share", "0.5", "--out_dir", tmp_path / "half").stdout
     run("train.py", *some, "--algorithm", "unsupervised", "--out_dir", tmp_path / "unsupervised")
     a, b = (torch.load(tmp_path / name / "ckpt.pt") for name in ["pu", "unsupervised"])
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
