@@ -38,23 +38,33 @@ def four(flags: str) -> list:
     return [(name, f"{flags} {PLAIN if name == 'pu' else f'--algorithm {name}'} {DDPM}") for name in ["unsupervised", "supervised", "pu", "oracle"]]
 
 
+DEFAULT, FEW = "--prior 0.5 --max_steps 4000", "--prior 0.5 --n_labeled 100 --max_steps 4000"
+ALONE = "--algorithm unsupervised --scores auto"    # the default's classifier, and no PU risk on what it keeps: as the default does, where little of S is left
+RISK = "--sensitive_share 1/16"    # the PU risk all the same, with 8 images of S a step
+WEAK = "out/table/weak/scores.pt"    # of a classifier that is trained for too short a time
+POOR = f"--prior 0.5 --max_steps 1000 --scores {WEAK}"
 TABLES = {    # title: rows of a name and the flags of train.py
-    "odd digits are sensitive, half of U": four("--prior 0.5") + [
-        ("pu, 4000 steps", f"{PU} --max_steps 4000"), ("pu, default", "--prior 0.5 --max_steps 4000"),
-        ("pu, default, 100 labeled", "--prior 0.5 --n_labeled 100 --max_steps 4000"), ("oracle, default", "--prior 0.5 --algorithm oracle --max_steps 4000")],
-    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11") + [("pu, default", "--prior 1/11 --max_steps 4000"), ("pu, default, 8000 steps", "--prior 1/11 --max_steps 8000")],
+    "odd digits are sensitive, half of U": four("--prior 0.5") + [("pu, 4000 steps", f"{PU} --max_steps 4000")],
+    "odd digits are sensitive, half of U: what train.py does by default": [
+        ("pu", DEFAULT), ("pu, 100 labeled", FEW), ("oracle", f"{DEFAULT} --algorithm oracle")],
+    "the same, after a poor classifier, one of 20 steps": [("pu", POOR), ("classifier alone", f"{POOR} --algorithm unsupervised")],
+    "odd digits are sensitive, 1 in 11 of U": four("--prior 1/11"),
+    "odd digits are sensitive, 1 in 11 of U: what train.py does by default": [
+        ("pu", "--prior 1/11 --max_steps 4000"), ("pu, 8000 steps", "--prior 1/11 --max_steps 8000"),
+        ("oracle, 8000 steps", "--prior 1/11 --max_steps 8000 --algorithm oracle")],
     "even digits are sensitive, half of U": four("--prior 0.5 --sensitive even"),
     "a model that was trained unsupervised": [("before", HALF), ("cleaned, 500 steps", f"{CLEAN} 500"), ("cleaned, 1000 steps", f"{CLEAN} 1000"),
                                               ("pu from scratch, 2000 steps", PU)],
     "the prior is 0.1, what the paper's risk assumes": [(guess, f"--prior 0.1 --loss_prior {guess} {PLAIN} --max_steps 1000")
                                                         for guess in ["0.02", "0.05", "0.1", "0.2", "0.4"]],
 }
-SEEDS = {name: [f"{flags}{seed}" for seed in ["", " --seed 1", " --seed 2"]] for name, flags in [("unsupervised", HALF), ("pu", PU)]}
+SEEDS = {name: [flags + seed for seed in ["", " --seed 1", " --seed 2"][:n]] for name, flags, n in [
+    ("unsupervised", HALF, 3), ("the paper's pu", PU, 3), ("pu by the defaults", f"{DEFAULT} {ALONE}", 2), ("the same, with the PU risk on the 3 or 4 of S that are left", f"{DEFAULT} {RISK}", 2),
+    ("pu by the defaults, 100 labeled", f"{FEW} {ALONE}", 2), ("the same, with the PU risk on the 2 that are left", f"{FEW} {RISK}", 2)]}
 
 
-SAMPLED = "--prior 0.5 --max_steps 4000"    # the model that is sampled in different ways
-WAYS = {f"--sampler {sampler} --steps {steps} --n 2000": (sampler, steps)
-        for sampler, steps in [(sampler, steps) for steps in [10, 20, 50] for sampler in ["ddpm", "ddim", "dpm++"]] + [("ddpm", 1000)]}
+WAYS = [f"--sampler {sampler} --steps {steps} --n 2000"    # to sample the default's model
+        for steps in [10, 20, 50, 1000] for sampler in ["ddpm", "ddim", "dpm++"] if steps < 1000 or sampler == "ddpm"]
 
 
 def results(path: Path = RESULTS) -> dict:
@@ -69,10 +79,11 @@ def train(flags: str, env: dict):
     subprocess.run(command, check=True, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def train_and_evaluate(flags: str, threads: int):
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def train_and_evaluate(flags: str, env: dict):
     if "--init_from" in flags:
         train(HALF, env)
+    if WEAK in flags and not (ROOT / WEAK).exists():
+        subprocess.run([sys.executable, "filter.py", "--steps", "20", "--out_dir", str(Path(WEAK).parent)], check=True, env=env, cwd=ROOT)
     train(flags, env)
     evaluate(f"--ckpt {folder(flags)}/ckpt.pt", env, flags, RESULTS)
 
@@ -102,17 +113,17 @@ def tables() -> str:
                 lines.append(row(name, rate, f"{r['fid']:.2f}", f"{r['fid_floor']:.2f}", f"{r['train_seconds'] / 60:.0f}", f"`{flags}{steps}`"))
     found_ways = results(SAMPLERS)
     if found_ways:
-        lines += ["", row("2,000 images of pu, default", "ddpm", "ddim", "dpm++"), row(*["---"] * 4)]
-        for steps in sorted({steps for _, steps in WAYS.values()}):
+        lines += ["", row("2,000 images of the default run", "ddpm", "ddim", "dpm++"), row(*["---"] * 4)]
+        for steps in [10, 20, 50, 1000]:
             cells = [found_ways.get(f"--sampler {sampler} --steps {steps} --n 2000") for sampler in ["ddpm", "ddim", "dpm++"]]
             lines.append(row(f"{steps} steps: rate, FID", *(f"{r['rate']:.3f}, {r['fid']:.2f}" if r else "" for r in cells)))
     lines.append("")
     for name, runs in SEEDS.items():
         if all(flags in found for flags in runs):
-            lines.append(f"* {name}, half of U odd, seeds 0, 1 and 2: " + "; ".join(
-                f"{title} {', '.join(f'{found[flags][key]:.{digits}f}' for flags in runs)} "
-                f"(standard deviation {statistics.stdev(found[flags][key] for flags in runs):.{digits}f})"
-                for title, key, digits in [("rate", "rate", 3), ("FID", "fid", 1)]))
+            lines.append(f"* {name}, half of U odd, seeds {', '.join(map(str, range(len(runs))))}: " + "; ".join(
+                f"{title} {', '.join(f'{found[flags][key]:.{digits}f}' for flags in runs)}"
+                + f" (standard deviation {statistics.stdev(found[flags][key] for flags in runs):.{digits}f})" * (len(runs) > 2)
+                for title, key, digits in [("rate", "rate", 3), ("FID", "fid", 2)]))
     return "\n".join(lines).strip()
 
 
@@ -124,15 +135,16 @@ if __name__ == "__main__":
     if not args.print:
         runs = dict.fromkeys([flags for rows in TABLES.values() for _, flags in rows] + sum(SEEDS.values(), []))
         missing = [flags for flags in runs if flags not in results()]
-        threads = max(1, os.cpu_count() // args.jobs)
+        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.jobs))}
         try:
-            for later in [False, True]:    # what starts from another run comes later, one at a time
+            for later in [False, True]:    # what starts from another run, or shares a classifier, comes later, one at a time
                 with ThreadPoolExecutor(1 if later else args.jobs) as pool:
-                    list(pool.map(lambda flags: train_and_evaluate(flags, threads), [f for f in missing if ("--init_from" in f) == later]))
-            env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                    list(pool.map(lambda flags: train_and_evaluate(flags, env), [f for f in missing if ("--init_from" in f or WEAK in f) == later]))
+            ways = [how for how in WAYS if how not in results(SAMPLERS)]
+            if ways:
+                train(DEFAULT, env)
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda how: evaluate(f"--ckpt {folder(SAMPLED)}/ckpt.pt {how}", env, how, SAMPLERS),
-                              [how for how in WAYS if how not in results(SAMPLERS)]))
+                list(pool.map(lambda how: evaluate(f"--ckpt {folder(DEFAULT)}/ckpt.pt {how}", env, how, SAMPLERS), ways))
         except subprocess.CalledProcessError as e:
             sys.exit(f"results/table.py: error: {' '.join(map(str, e.cmd))} failed with status {e.returncode}: see above")
     print(tables())
