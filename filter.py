@@ -18,6 +18,7 @@ of the images that it scores, and what it does to those of S it does to the sens
 The PU risk on the images that are kept, of U and of S, is therefore as exact as on all, with the prior P_S(kept) / P_U(kept)
 times what it was: what the classifier misses is counted, not forgotten. And it is far less noisy, for to know E_N[l] from
 E_U[l] - prior E_S[l] takes ((1 + prior) / (1 - prior))^2 times as many images as from N itself: nine times as many at 0.5.
+Where fewer images of S are kept than a step takes, train.py leaves the PU risk out: of so few it learns nothing but them.
 """
 import argparse
 import math
