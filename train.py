@@ -60,7 +60,7 @@ flag("--batch_size", type=positive, help="images a step, from U and S together (
 flag("--grad_accum", type=positive, default=1,
      help="rounds in which each step goes through its batch, for batches that do not fit into memory at once (default: 1)")
 flag("--sensitive_share", type=fraction, help="share of each batch that pu draws from S, at most 0.5 (default: what makes E_U[l] - prior E_S[l] "
-                                              "least noisy, prior / (1 + prior), as a multiple of 8 images)")
+                                              "least noisy, prior / (1 + prior), as a multiple of 8 images; none where --scores leave fewer than that)")
 flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper, the size of U times 20 / --batch_size with --init_from)")
 flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper and with --init_from)")
 flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")

@@ -253,7 +253,7 @@ def check(config):
 
 
 # -----------------------------------------------------------------------------
-# the machine that it runs on, and the files that it comes from, alike for all scripts
+# what the scripts share: the device, the ranks, the precision, checkpoints
 
 def find_device(name: str = None) -> torch.device:
     """The device of that name, or the best there is: cuda, else mps, else cpu. Under torchrun each process, a rank, gets
