@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import positive
 from diffusion import GaussianDiffusion
 from pretrained import describe
 from pu_loss import pu_loss
-from unet import PRESETS, UNet, compiled, default_dtype, device_flags, find_device, preset, ranks
+from runtime import compiled, default_dtype, device_flags, find_device, positive, ranks
+from unet import PRESETS, UNet, preset
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  usage="python bench.py [--flag value ...]")

@@ -47,11 +47,6 @@ class GaussianDiffusion(nn.Module):
         self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)        # sqrt(alpha_bar_t)
         self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)   # sqrt(1 - alpha_bar_t)
 
-    @classmethod
-    def from_checkpoint(cls, ckpt: dict) -> "GaussianDiffusion":
-        """The diffusion that the network in a checkpoint was trained for (see unet.read_checkpoint)."""
-        return cls(1000, ckpt["args"]["schedule"], ckpt["args"].get("prediction", "eps"))    # older ones do not say
-
     def q_sample(self, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """x_0 [B, ...], t [B] in [0, T), eps like x_0, standard normal -> x_t like x_0 (DDPM, eq. 4)."""
         signal, noise = self.at(t, x_0)

@@ -30,9 +30,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import DATA_DIR, DATASETS, FITS, decode, has_class, load, no_pngs, parse_classes, positive, save_grid, save_png
+from data import DATA_DIR, DATASETS, FITS, has_class, load, parse_classes
+from formats import decode
+from images import framed, no_pngs, save_grid, save_png
+from runtime import find_device, first_rank_first, positive, ranks, read_checkpoint
 from sample import draw, open_model, sampling_flags
-from unet import find_device, first_rank_first, ranks, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # the judge
@@ -154,14 +156,6 @@ def frechet_distance(f: torch.Tensor, g: torch.Tensor) -> float:
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()    # A^1/2 B A^1/2 has the eigenvalues of A B
     return float((f.mean(0) - g.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
-
-
-def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
-    """images [N, C, H, W] uint8, marked [N] bool -> [N, 3, H+4, W+4]: with a border of two pixels, red where marked."""
-    rgb = images.cpu().expand(-1, 3, -1, -1)
-    white = F.pad(rgb, (2, 2, 2, 2), value=255)
-    red = torch.stack([F.pad(rgb[:, i], (2, 2, 2, 2), value=value) for i, value in enumerate([255, 0, 0])], dim=1)
-    return torch.where(marked.cpu()[:, None, None, None], red, white)
 
 
 def read_images(folder: Path, image_channels: int, image_size: int) -> torch.Tensor:

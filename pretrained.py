@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from data import DATA_DIR, fetch
+from data import DATA_DIR
 from diffusion import GaussianDiffusion
-from unet import UNet, UNetConfig, check, read_checkpoint
+from formats import fetch
+from runtime import read_checkpoint
+from unet import UNet, UNetConfig, check
 
 HUB = "https://huggingface.co"
 
@@ -68,14 +70,26 @@ def diffusers_names(name: str) -> list:
 # -----------------------------------------------------------------------------
 # reading
 
+def load_checkpoint(ckpt: dict) -> tuple:
+    """A checkpoint (see runtime.read_checkpoint) -> the network with its averaged weights, ready to sample, and its diffusion.
+    Raises OSError where unet.py has changed too much since to hold it."""
+    try:
+        model = UNet(UNetConfig(**ckpt["config"]))
+        model.load_state_dict(ckpt["ema"])
+    except (TypeError, ValueError, RuntimeError):
+        raise OSError("the checkpoint's network does not fit this unet.py: it was trained with another") from None
+    diffusion = GaussianDiffusion(1000, ckpt["args"]["schedule"], ckpt["args"]["prediction"])
+    return model.eval().requires_grad_(False), diffusion
+
+
 def load_pretrained(folder_or_name, data_dir: Path = DATA_DIR) -> tuple:
     """A folder, or the name of a model on the hub, which is fetched to data_dir once, or a ckpt.pt of train.py, of which
     the averaged weights are taken -> the UNet, ready to train, and its diffusion.
     Raises OSError where a file is missing or damaged, and for an architecture or a diffusion that is not ours, naming the field."""
     folder = Path(folder_or_name)
     if folder.is_file():
-        ckpt = read_checkpoint(folder)
-        return UNet.from_checkpoint(ckpt).train().requires_grad_(True), GaussianDiffusion.from_checkpoint(ckpt)
+        model, diffusion = load_checkpoint(read_checkpoint(folder))
+        return model.train().requires_grad_(True), diffusion
     if not folder.exists():
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder_or_name)):
             raise FileNotFoundError(f"{folder} does not exist, and is not the name of a model on the hub either")

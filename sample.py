@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import no_pngs, positive, save_grid, save_png, seed, to_uint8
 from diffusion import GaussianDiffusion
-from pretrained import save_pretrained
-from unet import UNet, compiled, default_dtype, device_flags, find_device, ranks, read_checkpoint
+from images import no_pngs, save_grid, save_png, to_uint8
+from pretrained import load_checkpoint, save_pretrained
+from runtime import compiled, default_dtype, device_flags, find_device, positive, ranks, read_checkpoint, seed
+from unet import UNet
 
 
 def sampling_flags(parser, n: int):
@@ -38,8 +39,8 @@ def sampling_flags(parser, n: int):
 def open_model(ckpt: dict, args, device: torch.device) -> tuple:
     """-> the network of a checkpoint and its diffusion, on the device. Raises OSError where they are not ours, ValueError
     where args.steps are too many."""
-    model = UNet.from_checkpoint(ckpt).to(device, memory_format=torch.channels_last)
-    diffusion = GaussianDiffusion.from_checkpoint(ckpt).to(device)
+    model, diffusion = load_checkpoint(ckpt)
+    model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
     if args.steps > diffusion.T:
         raise ValueError(f"--steps {args.steps} is more than the {diffusion.T} timesteps of the diffusion")
     return model, diffusion

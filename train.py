@@ -25,12 +25,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import DATA_DIR, DATASETS, FITS, data_flags, fraction, has_class, load, parse_classes, positive, save_grid, split, to_uint8
+from data import DATA_DIR, DATASETS, FITS, data_flags, has_class, load, parse_classes, split
 from diffusion import GaussianDiffusion
-from filter import read_scores, write_scores
+from images import save_grid, to_uint8
 from pretrained import load_pretrained
 from pu_loss import pu_loss, supervised_loss, unsupervised_loss
-from unet import PRESETS, UNet, UNetConfig, check, compiled, default_dtype, device_flags, find_device, first_rank_first, preset, ranks, read_checkpoint
+from pu_filter import read_scores, write_scores
+from runtime import compiled, default_dtype, device_flags, find_device, first_rank_first, fraction, positive, ranks, read_checkpoint
+from unet import PRESETS, UNet, UNetConfig, check, preset
 
 # -----------------------------------------------------------------------------
 # the command line
@@ -48,7 +50,7 @@ flag("--correction", default="abs", choices=["abs", "nn", "none"],
      help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
 flag("--push_limit", type=float, default=2.0, help="pu counts l of an image of S up to this multiple of l of the image of U at the same timestep and noise, "
                                                    "and pushes no further; inf: no limit, the paper's method (default: 2)")
-flag("--scores", help="a file of filter.py: do without those images of U and S that score high; auto: have it made first, in --out_dir; "
+flag("--scores", help="a file of pu_filter.py: do without those images of U and S that score high; auto: have it made first, in --out_dir; "
                       "none: keep all, which for pu is the paper's method (default: auto for pu, none for others)")
 flag("--keep", type=fraction, help="with scores: the fraction of U to keep (default: 0.9 of the normal ones, 0.9 (1 - prior))")
 flag("--init_from", help="start from this model, not from random weights: a ckpt.pt of train.py, a folder in the diffusers format, "
@@ -120,7 +122,7 @@ if not 0 < args.lr < math.inf:
 if not args.grad_clip > 0:
     parser.error("--grad_clip must be a positive number, or inf")
 if args.keep and args.scores == "none":
-    parser.error("--keep needs --scores: auto, or a file of filter.py")
+    parser.error("--keep needs --scores: auto, or a file of pu_filter.py")
 if args.scores != "none" and args.algorithm == "oracle":
     parser.error("--scores and --algorithm oracle do not go together: the oracle has the labels")
 if args.algorithm == "oracle" and args.dataset == "folder":

@@ -9,13 +9,9 @@ Residual blocks with GroupNorm and SiLU, self-attention at the levels that ask f
 a strided convolution down, nearest-neighbour upsampling up, and a skip connection from every block on the way down.
 """
 import math
-import os
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -182,23 +178,6 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(config.groups, c, eps=config.norm_eps)
         self.conv_out = zero_init(nn.Conv2d(c, c_image, 3, padding=1))
 
-    @classmethod
-    def from_checkpoint(cls, ckpt: dict) -> "UNet":
-        """The network in a checkpoint (see read_checkpoint), with its averaged weights, ready to sample.
-        Raises OSError where this file has changed too much since to hold it."""
-        try:
-            model = cls(UNetConfig(**ckpt["config"]))
-            model.load_state_dict(ckpt["ema"])
-        except (TypeError, ValueError, RuntimeError):
-            raise OSError("the checkpoint's network does not fit this unet.py: it was trained with another") from None
-        return model.eval().requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(cls, folder_or_name) -> "UNet":
-        """A model in the diffusers format, such as "google/ddpm-cifar10-32": see pretrained.py."""
-        from pretrained import load_pretrained
-        return load_pretrained(folder_or_name)[0]
-
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t [B, C, H, W], timesteps t [B] in [0, T) -> the predicted noise eps (or v) [B, C, H, W]."""
         pad, patch = self.config.pad, self.config.patch
@@ -250,87 +229,3 @@ def check(config):
     for c in {config.channels[i] for i in config.attention} | {config.channels[-1]}:
         if config.head_dim and c % config.head_dim:
             raise ValueError(f"head_dim = {config.head_dim} does not divide {c} channels of attention")
-
-
-# -----------------------------------------------------------------------------
-# what the scripts share: the device, the ranks, the precision, checkpoints
-
-def find_device(name: str = None) -> torch.device:
-    """The device of that name, or the best there is: cuda, else mps, else cpu. Under torchrun each process, a rank, gets
-    its own, and they are connected, by NCCL or on CPUs by gloo. Raises ValueError where it cannot be had."""
-    torchrun = dist.is_available() and dist.is_torchelastic_launched()
-    name = name or str(torch.accelerator.current_accelerator() or "cpu")
-    try:
-        device = torch.device(name)
-        if torchrun and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if torchrun and device.type == "mps":    # which no backend connects
-            device = torch.device("cpu")
-        torch.zeros(1, device=device).item()
-        if device.index:
-            torch.accelerator.set_device_index(device.index)    # so that cuda:1 means that one everywhere
-        if torchrun:
-            nccl = device.type == "cuda"
-            dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None, timeout=timedelta(days=1))
-    except (RuntimeError, AssertionError, ImportError) as e:    # AssertionError: PyTorch was built without CUDA
-        reason = str(e).splitlines()[0].split(". ")[0]
-        raise ValueError(f"--device {name} is not to be had here: {reason}") from None
-    return device
-
-
-def ranks() -> tuple:
-    """-> the number of this process among those that torchrun started, and how many they are; otherwise 0 and 1."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-@contextmanager
-def first_rank_first():
-    """The first rank of each machine runs this block before the others do, which find what it downloaded or decoded."""
-    turns = ranks()[1] > 1
-    if turns and os.environ["LOCAL_RANK"] != "0":
-        dist.barrier()
-    yield
-    if turns and os.environ["LOCAL_RANK"] == "0":
-        dist.barrier()
-
-
-def device_flags(parser):
-    """Adds the flags that find_device and default_dtype are the defaults of."""
-    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="of the network's forward pass (default: bfloat16 on cuda that has it and on CPUs with AVX512-BF16, float16 on "
-                             "other cuda, else float32)")
-
-
-def default_dtype(device: torch.device) -> str:
-    """-> bfloat16 on CUDA GPUs that compute in it and on CPUs with AVX512-BF16, float16 on other CUDA GPUs, float32 elsewhere."""
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
-        return "bfloat16"
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-
-
-def compiled(function, trial):
-    """-> torch.compile(function), tried by trial(it); where there is no compiler, says so and returns the function itself."""
-    fast = torch.compile(function)
-    try:
-        trial(fast)
-    except Exception as e:    # torch.compile raises whatever its parts do
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        print(f"not compiled, because torch.compile fails here: {reason}", flush=True)
-        return function
-    return fast
-
-
-def read_checkpoint(path) -> dict:
-    """What train.py saved, on the CPU. Raises OSError where the file is missing or is something else."""
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: train.py writes it at its first sample grid") from None
-    except Exception:    # torch.load raises whatever its readers do
-        ckpt = None
-    if not isinstance(ckpt, dict) or not {"config", "ema", "args"} <= ckpt.keys():
-        raise OSError(f"{path} is not a checkpoint of train.py, or is damaged")
-    return ckpt

@@ -83,7 +83,7 @@ def train_and_evaluate(flags: str, env: dict):
     if "--init_from" in flags:
         train(HALF, env)
     if WEAK in flags and not (ROOT / WEAK).exists():
-        subprocess.run([sys.executable, "filter.py", "--steps", "20", "--out_dir", str(Path(WEAK).parent)], check=True, env=env, cwd=ROOT)
+        subprocess.run([sys.executable, "pu_filter.py", "--steps", "20", "--out_dir", str(Path(WEAK).parent)], check=True, env=env, cwd=ROOT)
     train(flags, env)
     evaluate(f"--ckpt {folder(flags)}/ckpt.pt", env, flags, RESULTS)
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DATA_DIR, DATASETS, Images, load, parse_classes, pu_split, read_idx, save_grid, save_png, to_uint8
+from data import DATA_DIR, DATASETS, Images, load, parse_classes, pu_split
+from formats import read_idx
+from images import save_grid, save_png, to_uint8
 
 MNIST = load("mnist")
 ODD = [1, 3, 5, 7, 9]

@@ -16,7 +16,9 @@ from conftest import ROOT, refused, run
 from PIL import Image
 
 import data
-from data import DATA_DIR, DATASETS, decode, has_class, load, parse_classes, pu_split, split
+import formats
+from data import DATA_DIR, DATASETS, has_class, load, parse_classes, pu_split, split
+from formats import decode
 
 SHARED = ROOT.parent / "shared" / "data"    # real copies of the larger sets, where there are any
 rng = np.random.default_rng(0)
@@ -203,7 +205,7 @@ def test_folder_is_decoded_once(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "0006.png' cannot be decoded" in said and "0107.JPG' cannot be decoded" in said and "2 of 255 images were skipped" in said
 
-    monkeypatch.setattr(data, "decode", None)    # a second start decodes nothing
+    monkeypatch.setattr(formats, "decode", None)    # a second start decodes nothing
     again = load("folder", tmp_path, image_size=28, channels=1)
     assert torch.equal(again.train, images.train) and torch.equal(again.train_labels, images.train_labels)
     assert len(list(tmp_path.glob("*.npy"))) == 1 and not list(tmp_path.glob("*.tmp"))
@@ -348,7 +350,7 @@ def serve_cifar10(monkeypatch, server, manners, tmp_path, edit=lambda tar: None)
         edit(tar)
     FILES["cifar.tar.gz"] = stream.getvalue()
     md5 = hashlib.md5(stream.getvalue()).hexdigest()
-    monkeypatch.setitem(data.ARCHIVES, "cifar10", ("cifar-10-batches-bin", md5, [f"{server}/{m}/cifar.tar.gz" for m in manners]))
+    monkeypatch.setitem(formats.ARCHIVES, "cifar10", ("cifar-10-batches-bin", md5, [f"{server}/{m}/cifar.tar.gz" for m in manners]))
 
 
 def test_download_unpacks_and_is_not_repeated(tmp_path, monkeypatch, server):
@@ -363,7 +365,7 @@ def test_download_unpacks_and_is_not_repeated(tmp_path, monkeypatch, server):
     ("cut", "bytes|IncompleteRead"), ("wrong", "expected MD5 .*, found"), ("404", "404"), ("500", "500"), ("stall", "timed out"),
 ])
 def test_a_failed_download_leaves_nothing_and_says_why(tmp_path, monkeypatch, server, manner, words):
-    monkeypatch.setattr(data, "TIMEOUT", 0.5)
+    monkeypatch.setattr(formats, "TIMEOUT", 0.5)
     serve_cifar10(monkeypatch, server, [manner], tmp_path)
     with pytest.raises(OSError, match=f"cifar.tar.gz could not be downloaded.*({words}).*put that file at"):
         load("cifar10", tmp_path / "data")
@@ -410,8 +412,8 @@ def test_an_archive_already_there_is_verified_too(tmp_path, monkeypatch, server)
 
 def test_an_archive_without_its_folder(tmp_path, monkeypatch, server):
     serve_cifar10(monkeypatch, server, ["ok"], tmp_path)
-    top, md5, urls = data.ARCHIVES["cifar10"]
-    monkeypatch.setitem(data.ARCHIVES, "cifar10", ("another-name", md5, urls))
+    top, md5, urls = formats.ARCHIVES["cifar10"]
+    monkeypatch.setitem(formats.ARCHIVES, "cifar10", ("another-name", md5, urls))
     with pytest.raises(OSError, match="cannot be unpacked"):
         load("cifar10", tmp_path / "data")
 
@@ -420,8 +422,8 @@ def test_fashion_mnist_downloads_its_four_files(tmp_path, monkeypatch, server):
     """MNIST's own files under Fashion-MNIST's names; the first address serves nonsense."""
     for path in (DATA_DIR / "mnist").glob("*.gz"):
         FILES[path.name] = path.read_bytes()
-    monkeypatch.setitem(data.IDX_SHA256, "fashion_mnist", data.IDX_SHA256["mnist"])
-    monkeypatch.setattr(data, "FASHION_URLS", [f"{server}/wrong/", f"{server}/ok/"])
+    monkeypatch.setitem(formats.IDX_SHA256, "fashion_mnist", formats.IDX_SHA256["mnist"])
+    monkeypatch.setattr(formats, "FASHION_URLS", [f"{server}/wrong/", f"{server}/ok/"])
     assert torch.equal(load("fashion_mnist", tmp_path).train, load("mnist").train)
     assert len(list((tmp_path / "fashion_mnist").iterdir())) == 4
     name = "t10k-labels-idx1-ubyte.gz"

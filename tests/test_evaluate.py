@@ -10,7 +10,8 @@ from PIL import Image
 
 import data
 import evaluate
-from evaluate import cache_key, frechet_distance, framed, load_classifier, look, train_classifier, wilson
+from images import framed, save_png
+from evaluate import cache_key, frechet_distance, load_classifier, look, train_classifier, wilson
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def judge(*flags):
 def write(images, folder):
     folder.mkdir()
     for i, image in enumerate(images):
-        data.save_png(image, folder / f"{i:05d}.png")
+        save_png(image, folder / f"{i:05d}.png")
     return folder
 
 

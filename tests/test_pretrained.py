@@ -1,17 +1,17 @@
 """The diffusers format: parity with that library where it is installed, and models that do not fit."""
 import json
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
 import torch
 from conftest import SMALL, refused, run
 
 import pretrained
 from diffusion import GaussianDiffusion
-from pretrained import load_pretrained, save_pretrained
+from pretrained import load_checkpoint, load_pretrained, save_pretrained
 from unet import UNet, UNetConfig
 
 CIFAR10 = dict(    # google/ddpm-cifar10-32
@@ -54,7 +54,7 @@ def test_parity_and_the_way_back(tmp_path, config, n_params):
     assert (diffusion.schedule, diffusion.prediction) == ("cosine", "eps") and n_params in (None, sum(p.numel() for p in ours.parameters()))
     assert difference(model, ours.eval(), config) < 1e-5
     save_pretrained(ours, diffusion, tmp_path / "ours")
-    back = type(model).from_pretrained(tmp_path / "ours").eval()
+    back = load_pretrained(tmp_path / "ours")[0].eval()
     assert difference(model, back, config) < 1e-7
     for key, value in config.items():
         assert back.config[key] == (list(value) if isinstance(value, tuple) else value)
@@ -127,7 +127,7 @@ def test_old_names_of_attention_are_understood(folder, tmp_path):
         weights = {name.replace(today, once): tensor for name, tensor in weights.items()}
     assert "mid_block.attentions.0.proj_attn.bias" in weights
     torch.save(weights, copy / "diffusion_pytorch_model.bin")
-    assert same_weights(UNet.from_pretrained(copy).state_dict(), UNet.from_pretrained(folder).state_dict())
+    assert same_weights(load_pretrained(copy)[0].state_dict(), load_pretrained(folder)[0].state_dict())
 
 
 def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp
     ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
     assert ckpt["args"]["schedule"] == "cosine" and ckpt["args"]["max_steps"] == 2
     for weights in (ckpt["model"], ckpt["ema"]):
-        assert same_weights(weights, UNet.from_pretrained(folder).state_dict())
+        assert same_weights(weights, load_pretrained(folder)[0].state_dict())
     run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 3, "--lr", "0.01")
     moved = torch.load(tmp_path / "run" / "ckpt.pt")
     assert not same_weights(moved["model"], ckpt["model"])
@@ -204,7 +204,7 @@ def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp
 
     run("sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned", cwd=tmp_path)
     assert not (tmp_path / "samples.png").exists()
-    assert same_weights(UNet.from_pretrained(tmp_path / "cleaned").state_dict(), moved["ema"])
+    assert same_weights(load_pretrained(tmp_path / "cleaned")[0].state_dict(), moved["ema"])
     refused(2, "is not empty", "sample.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned")
 
 
@@ -226,3 +226,14 @@ def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
     (tmp_path / "mine" / "sensitive").mkdir()
     refused(2, "is for 32x32 images of 3 channels, folder has 64x64", "train.py", "--init_from", tmp_path / "wide", "--dataset", "folder",
             "--data_dir", tmp_path / "mine", "--image_size", 64, "--prior", "0.1")
+
+
+def test_a_checkpoint_of_another_network_is_refused():
+    TOY = UNetConfig(image_channels=2, image_size=8, channels=(8, 16), blocks=1, attention=(1,), groups=4)
+    ckpt = dict(config=vars(TOY), ema=UNet(TOY).state_dict(), args=dict(schedule="linear", prediction="eps"))
+    assert load_checkpoint(ckpt)[0].config == TOY
+    for config in [replace(TOY, blocks=2), replace(TOY, groups=3)]:
+        with pytest.raises(OSError, match="does not fit this unet.py"):
+            load_checkpoint(ckpt | dict(config=vars(config)))
+    with pytest.raises(OSError, match="does not fit this unet.py"):
+        load_checkpoint(ckpt | dict(config=dict(vars(TOY), depth=3)))

@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import diffusion
 import unet
+from images import to_uint8
 
 
 def read_log(folder):
@@ -67,7 +68,7 @@ def test_what_the_loss_is_shown(tmp_path, monkeypatch):
     U, S = ({image.numpy().tobytes() for image in mnist.train[index]} for index in (u, s))
     hidden = 0
     for x_0, t, eps in shown:
-        images = [image.contiguous().numpy().tobytes() for image in data.to_uint8(x_0)]
+        images = [image.contiguous().numpy().tobytes() for image in to_uint8(x_0)]
         assert len(images) == 100
         assert all(image in U for image in images[:60]) and all(image in S for image in images[60:])
         hidden += sum(label[image] % 2 for image in images[:60])
@@ -94,7 +95,7 @@ def test_the_oracle_is_shown_nothing_but_the_normal_images_of_u(tmp_path, monkey
     mnist = data.load("mnist")
     u, _, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 200, 2500, seed=0)
     normal = {image.numpy().tobytes() for image in mnist.train[u[mnist.train_labels[u] % 2 == 0]]}
-    seen = {image.contiguous().numpy().tobytes() for image in data.to_uint8(shown[0][0])}
+    seen = {image.contiguous().numpy().tobytes() for image in to_uint8(shown[0][0])}
     assert seen <= normal and len(normal) == 100 and len(seen) > 90    # 400 draws from 100 miss 2 of them or so
 
 

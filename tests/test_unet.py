@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import (Attention, Downsample, GroupNorm, ResBlock, UNet, UNetConfig, Upsample, default_dtype, find_device, preset,
-                  read_checkpoint, timestep_embedding)
+from unet import (Attention, Downsample, GroupNorm, ResBlock, UNet, UNetConfig, Upsample, preset,
+                  timestep_embedding)
 
 SMALL = UNetConfig(image_channels=2, image_size=8, channels=(8, 16), blocks=1, attention=(1,), groups=4)
 
@@ -183,38 +183,3 @@ def test_odd_image_sizes_are_refused_by_every_preset():
     for name in ["tiny", "paper"]:
         with pytest.raises(ValueError, match="image size 27"):
             UNet(preset(name, 1, 27))
-
-
-def test_read_checkpoint_refuses_what_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.pt does not exist"):
-        read_checkpoint(tmp_path / "none.pt")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
-    for name in ["text.pt", "other.pt"]:
-        with pytest.raises(OSError, match=f"{name} is not a checkpoint of train.py"):
-            read_checkpoint(tmp_path / name)
-
-
-def test_a_checkpoint_of_another_network_is_refused():
-    ckpt = dict(config=vars(SMALL), ema=UNet(SMALL).state_dict())
-    assert UNet.from_checkpoint(ckpt).config == SMALL
-    for config in [replace(SMALL, blocks=2), replace(SMALL, groups=3)]:
-        with pytest.raises(OSError, match="does not fit this unet.py"):
-            UNet.from_checkpoint(ckpt | dict(config=vars(config)))
-    with pytest.raises(OSError, match="does not fit this unet.py"):
-        UNet.from_checkpoint(ckpt | dict(config=dict(vars(SMALL), depth=3)))
-
-
-def test_find_device():
-    assert find_device("cpu") == torch.device("cpu")
-    assert find_device().type in ("cuda", "mps", "xpu", "cpu")
-    for name in ["banana", "meta", "cuda:99"]:
-        with pytest.raises(ValueError, match=f"--device {name} is not to be had here"):
-            find_device(name)
-
-
-def test_the_default_precision_is_what_the_processor_computes_in(monkeypatch):
-    for capabilities, dtype in [({"avx512_bf16": True}, "bfloat16"), ({"avx512_bf16": False}, "float32"), ({}, "float32")]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-        assert default_dtype(torch.device("cpu")) == dtype
-    assert default_dtype(torch.device("mps")) == "float32"

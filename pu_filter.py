@@ -1,7 +1,7 @@
 """
 Which images of U are probably sensitive? A positive-unlabeled classifier, which train.py trains first and asks.
 
-    python filter.py --dataset mnist --prior 0.5            # out/filter-mnist-0.5/scores.pt, a picture, and what is to be expected
+    python pu_filter.py --dataset mnist --prior 0.5            # out/filter-mnist-0.5/scores.pt, a picture, and what is to be expected
     python train.py --prior 0.5                             # the same first, then the PU risk on what is kept: fewer to push away
     python train.py --prior 0.5 --scores out/filter-mnist-0.5/scores.pt --algorithm unsupervised    # the rival: no PU risk
 
@@ -33,8 +33,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import DATASETS, Images, data_flags, digest, has_class, load, parse_classes, positive, save_grids, split
-from unet import find_device, ranks
+from data import DATASETS, Images, data_flags, digest, has_class, load, parse_classes, split
+from images import save_grids
+from runtime import find_device, positive, ranks
 
 PARTS, ROUNDS = 4, 3    # of U and S; of training for each part
 STEPS = 500    # of a round
@@ -161,11 +162,11 @@ def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep
     try:
         scores = torch.load(path, weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"--scores {path} does not exist: filter.py writes it") from None
+        raise FileNotFoundError(f"--scores {path} does not exist: pu_filter.py writes it") from None
     except Exception:    # torch.load raises whatever its readers do
         scores = None
     if not isinstance(scores, dict) or not {"u", "s", "z_u", "z_s", "images"} <= scores.keys():
-        raise OSError(f"--scores {path} is not what filter.py writes, or is damaged")
+        raise OSError(f"--scores {path} is not what pu_filter.py writes, or is damaged")
     if not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s) or scores["images"] != digest(data.train):
         raise ValueError(f"--scores {path} is for other images: say what U and S are, and --seed, as when it was made, or delete it")
     if told and scores.get("told", told) != told:
@@ -177,19 +178,19 @@ def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python filter.py [--flag value ...]")
+                                     usage="python pu_filter.py [--flag value ...]")
     flag = parser.add_argument
     data_flags(parser)
     flag("--steps", type=positive, default=STEPS, help=f"of each of {PARTS * ROUNDS} trainings (default: {STEPS})")
     flag("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     flag("--out_dir", type=Path, help="where scores.pt and dropped.png go (default: out/filter-DATASET-PRIOR)")
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("\nfilter.py: interrupted"))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("\npu_filter.py: interrupted"))
     args.out_dir = args.out_dir or Path("out") / f"filter-{args.dataset}-{args.prior:.4g}"
     try:
         device = find_device(args.device)
         if ranks()[1] > 1:
-            parser.error("filter.py is one process, not for torchrun")
+            parser.error("pu_filter.py is one process, not for torchrun")
         if (args.out_dir / "scores.pt").exists():
             parser.error(f"--out_dir {args.out_dir} already holds scores, which a run may be using: name another folder")
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
@@ -202,7 +203,7 @@ def main():
     except ValueError as e:
         parser.error(e)
     except OSError as e:
-        sys.exit(f"filter.py: error: {e}")
+        sys.exit(f"pu_filter.py: error: {e}")
 
     labeled = args.dataset != "folder"    # then we can look, as nobody could in practice
     if labeled:

@@ -6,8 +6,9 @@ import torch
 from conftest import SMALL, refused, run
 
 import data
-import filter
-from filter import cross_scores, distort, nnpu_loss
+import pu_filter
+from images import to_uint8
+from pu_filter import cross_scores, distort, nnpu_loss
 from test_train import overhear
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def scores(tmp_path_factory):
     """Of real digits, by a very short training -> the file, and what was printed"""
     folder = tmp_path_factory.mktemp("filter")
     flags = ["--prior", "0.5", "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 20, "--device", "cpu"]
-    return folder / "scores.pt", run("filter.py", *flags, "--out_dir", folder).stdout
+    return folder / "scores.pt", run("pu_filter.py", *flags, "--out_dir", folder).stdout
 
 
 def test_the_command_scores_real_digits(scores):
@@ -81,7 +82,7 @@ def test_the_command_scores_real_digits(scores):
 def shown(monkeypatch, tmp_path, path, *flags):
     steps = overhear(monkeypatch, "--n_unlabeled", 600, "--n_labeled", 100, "--batch_size", 400, "--sensitive_share", "0.5", "--scores", path, "--max_steps", 2,
                      *flags, "--out_dir", tmp_path / "run")
-    return [data.to_uint8(x_0) for x_0, _, _ in steps]
+    return [to_uint8(x_0) for x_0, _, _ in steps]
 
 
 def test_a_hard_cut_shows_the_loss_nothing_else(scores, tmp_path, monkeypatch):
@@ -125,14 +126,14 @@ def test_where_fewer_of_s_are_kept_than_a_step_takes_nothing_is_pushed_away(scor
 
 
 def test_the_default_is_a_classifier_first(tmp_path, monkeypatch):
-    """train.py makes the scores that filter.py would, and what else it draws at random does not depend on it."""
+    """train.py makes the scores that pu_filter.py would, and what else it draws at random does not depend on it."""
     flags = [*(flag for flag in SMALL if flag not in ("--scores", "none")), "--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 2]
-    monkeypatch.setattr(filter, "STEPS", 12)
+    monkeypatch.setattr(pu_filter, "STEPS", 12)
     printed = run("train.py", *flags, "--out_dir", tmp_path / "run").stdout
     path = tmp_path / "run" / "scores.pt"
     assert f"whose scores go to {path}" in printed and "24 of U and 8 of S a step" in printed
     kept, before = torch.load(path), path.read_bytes()
-    run("filter.py", *flags[:4], "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 12, "--device", "cpu", "--out_dir", tmp_path / "filter")
+    run("pu_filter.py", *flags[:4], "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 12, "--device", "cpu", "--out_dir", tmp_path / "filter")
     again = torch.load(tmp_path / "filter" / "scores.pt")
     assert torch.equal(kept["z_u"], again["z_u"]) and torch.equal(kept["z_s"], again["z_s"])
     run("train.py", *flags, "--scores", path, "--out_dir", tmp_path / "same")
@@ -160,9 +161,9 @@ def test_a_run_with_scores_can_be_resumed(scores, tmp_path):
 
 def test_bad_scores_are_refused(scores, tmp_path):
     some = ["--n_unlabeled", 600, "--n_labeled", 100, "--max_steps", 1]
-    refused(1, "none.pt does not exist: filter.py writes it", "train.py", *SMALL, *some, "--scores", tmp_path / "none.pt")
+    refused(1, "none.pt does not exist: pu_filter.py writes it", "train.py", *SMALL, *some, "--scores", tmp_path / "none.pt")
     (tmp_path / "bad.pt").write_text("garbage")
-    refused(1, "bad.pt is not what filter.py writes", "train.py", *SMALL, *some, "--scores", tmp_path / "bad.pt", "--out_dir", tmp_path / "run")
+    refused(1, "bad.pt is not what pu_filter.py writes", "train.py", *SMALL, *some, "--scores", tmp_path / "bad.pt", "--out_dir", tmp_path / "run")
     refused(2, "is for other images", "train.py", *SMALL, *some, "--seed", 1, "--scores", scores[0], "--out_dir", tmp_path / "run")
     refused(2, "--keep needs --scores", "train.py", *SMALL, *some, "--keep", "0.5", "--out_dir", tmp_path / "run")
     refused(2, "--scores and --algorithm oracle", "train.py", *SMALL, *some, "--scores", scores[0], "--algorithm", "oracle", "--out_dir", tmp_path / "run")
@@ -170,6 +171,6 @@ def test_bad_scores_are_refused(scores, tmp_path):
                                   ({"z_u": torch.arange(600), "z_s": torch.full((100,), -9)}, 2, "leave a prior of")]:
         torch.save({**torch.load(scores[0]), **damage}, tmp_path / "bad.pt")
         refused(status, words, "train.py", *SMALL, *some, "--scores", tmp_path / "bad.pt", "--out_dir", tmp_path / "run")
-    refused(2, "need at least 4", "filter.py", "--n_labeled", 3, "--out_dir", tmp_path / "run")
-    refused(2, "already holds scores", "filter.py", "--out_dir", scores[0].parent)
+    refused(2, "need at least 4", "pu_filter.py", "--n_labeled", 3, "--out_dir", tmp_path / "run")
+    refused(2, "already holds scores", "pu_filter.py", "--out_dir", scores[0].parent)
     assert not (tmp_path / "run").exists() and math.isfinite(torch.load(scores[0])["z_u"].sum())
