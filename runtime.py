@@ -4,13 +4,48 @@ What the scripts share: the device, the ranks, the precision, compilation, check
 import argparse
 import math
 import os
+import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+
+# -----------------------------------------------------------------------------
+# errors and files
+
+@contextmanager
+def exit_status(parser: argparse.ArgumentParser):
+    """Ends the script in one sentence where the block raises: ValueError, a wish that cannot be granted, with exit
+    status 2; OSError, a file or a machine that is not as it should be, and Ctrl-C with 1."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        sys.exit(f"{parser.prog}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{parser.prog}: interrupted")
+
+
+def write_whole(path: Path, write):
+    """write(temporary path), then renames: the file is there whole or not at all, and nothing else stays behind.
+    Raises OSError naming the file where it cannot be written."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:    # RuntimeError: a full disk, to torch.save
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# -----------------------------------------------------------------------------
+# devices, ranks, precision
 
 def find_device(name: str = None) -> torch.device:
     """The device of that name, or the best there is: cuda, else mps, else cpu. Under torchrun each process, a rank, gets
