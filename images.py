@@ -60,3 +60,13 @@ def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
     white = torch.nn.functional.pad(rgb, (2, 2, 2, 2), value=255)
     red = torch.stack([torch.nn.functional.pad(rgb[:, i], (2, 2, 2, 2), value=value) for i, value in enumerate([255, 0, 0])], dim=1)
     return torch.where(marked.cpu()[:, None, None, None], red, white)
+
+
+def join_pngs(paths: list, path: Path):
+    """Writes PNG files of the same size and kind side by side into one."""
+    pictures = [Image.open(part) for part in paths]
+    width, height = pictures[0].size
+    joined = Image.new(pictures[0].mode, (len(pictures) * (width + 12) - 12, height), "white")
+    for i, picture in enumerate(pictures):
+        joined.paste(picture, (i * (width + 12), 0))
+    joined.save(path, format="PNG")

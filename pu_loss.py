@@ -1,20 +1,26 @@
 """
-The positive-unlabeled risk: train on normal images without having any that are labeled normal.
+The positive-unlabeled (PU) risk: learn normal images without one that is labeled normal.
 
-Takahashi et al., Positive-Unlabeled Diffusion Models for Preventing Sensitive Data Generation, ICLR 2025
-(arXiv:2503.03789). From a vector of per-image losses l on unlabeled images and one on sensitive images:
+Takahashi et al., Positive-Unlabeled Diffusion Models for Preventing Sensitive Data Generation,
+ICLR 2025 (arXiv:2503.03789). U is a set of unlabeled images, S one of labeled sensitive images, and
+l(x) the loss of the network on image x, an estimate of the negative ELBO:
 
-    p(normal | x) = exp(-l(x))                           the label model of an autoencoding binary classifier, so
-    normal costs l,  sensitive costs -log(1 - exp(-l))   are the two negative log likelihoods.
-    p_U = prior p_S + (1 - prior) p_N                    U mixes sensitive and normal images, therefore
-    (1 - prior) E_N[l] = E_U[l] - prior E_S[l]           is known without a single labeled normal image, and so is
+    p(normal | x) = exp(-l(x))              the label model of an autoencoding binary classifier.
+                                            A normal image costs -log p(normal | x) = l(x), and
+                                            a sensitive one -log(1 - exp(-l(x))).
+    p_U = prior p_S + (1 - prior) p_N       U mixes sensitive and normal images. Therefore
+    (1 - prior) E_N[l] = E_U[l] - prior E_S[l]      needs no image that is labeled normal:
+
     risk = prior E_S[-log(1 - exp(-l))] + (1 - prior) E_N[l]
          = prior E_S[-log(1 - exp(-l))] + correction(E_U[l] - prior E_S[l])
 
-The difference estimates something that cannot be negative, but a network that memorises S makes it so. Corrections:
-abs, |difference|, the published choice (Hammoudeh & Lowd 2020, arXiv:2002.10261); nn, non-negative (Kiryo et al.
-2017, arXiv:1703.00593, algorithm 1): where the difference is negative, the step descends on minus the difference
-alone; none: unbiased, and free to diverge.
+The difference estimates a loss, which is never negative. A network that learns S by heart can make
+the estimate negative all the same, so it is corrected:
+
+    abs     |difference|, as published (Hammoudeh & Lowd 2020, arXiv:2002.10261)
+    nn      where it is negative, minimise minus the difference and nothing else
+            (non-negative PU learning, Kiryo et al. 2017, arXiv:1703.00593, algorithm 1)
+    none    no correction: unbiased, and free to diverge
 """
 import math
 
@@ -24,39 +30,63 @@ LOG2 = math.log(2)
 
 
 def log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 - exp(-x)) for x >= 0, any shape, without cancellation (Maechler 2012, "Accurately computing
-    log(1 - exp(-|a|))"). Value and gradient are finite everywhere: x below 1e-30 counts as 1e-30."""
+    """log(1 - exp(-x)) without cancellation, for x >= 0 of any shape.
+
+    Value and gradient are finite everywhere: an x below 1e-30 counts as 1e-30.
+    Source: Maechler 2012, "Accurately computing log(1 - exp(-|a|))".
+    """
     x = x.clamp(min=1e-30)
-    return torch.where(x < LOG2, (-torch.expm1(-x)).log(), torch.log1p(-torch.exp(-x.clamp(min=LOG2))))
+    small = (-torch.expm1(-x)).log()
+    large = torch.log1p(-torch.exp(-x.clamp(min=LOG2)))
+    return torch.where(x < LOG2, small, large)
 
 
 def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction: str = "abs",
-            whole: torch.Tensor = None) -> torch.Tensor:
-    """The risk of Takahashi et al. loss_u [B_u], loss_s [B_s]: per-image losses of unlabeled and of labeled sensitive
-    images; prior: the fraction of sensitive images in U, in (0, 1); correction: "abs", "nn" or "none".
-    whole: where these images are one of several equal parts of a batch, E_U[l] - prior E_S[l] of the whole batch. Its
-    sign decides for every part, and the mean of the parts' risks, and of their gradients, is that of the whole.
-    -> scalar. Raises ValueError for an unknown correction or a prior outside (0, 1)."""
+            negative: torch.Tensor = None) -> torch.Tensor:
+    """The PU risk of Takahashi et al. -> scalar.
+
+    loss_u [B_u], loss_s [B_s]: the losses of unlabeled and of labeled sensitive images
+    prior: the fraction of sensitive images in U, in (0, 1)
+    correction: "abs", "nn" or "none"
+    negative: bool scalar, for images that are one equal part of a larger batch: is the difference
+        negative for the whole batch? Then the mean of the parts' risks is the risk of the batch,
+        and so are the gradients. Default: decided by these images.
+    Raises ValueError for an unknown correction or a prior outside (0, 1).
+    """
     if not 0 < prior < 1:
         raise ValueError(f"prior must lie strictly between 0 and 1, not {prior}")
     sensitive = prior * -log1mexp(loss_s).mean()
     normal = loss_u.mean() - prior * loss_s.mean()    # estimates (1 - prior) E_N[l]
-    whole = normal if whole is None else whole
+    if negative is None:
+        negative = normal < 0
     if correction == "abs":
-        return sensitive + torch.where(whole < 0, -normal, normal)
+        return sensitive + torch.where(negative, -normal, normal)
     if correction == "nn":
-        return torch.where(whole < 0, -normal, sensitive + normal)
+        return torch.where(negative, -normal, sensitive + normal)
     if correction == "none":
         return sensitive + normal
     raise ValueError(f"unknown correction {correction!r}: choose abs, nn or none")
 
 
+def sensitive_per_batch(batch_size: int, prior: float) -> int:
+    """How many images of a batch to draw from S, so that the risk is least noisy.
+
+    The variance of E_U[l] - prior E_S[l] is smallest where the share of S is prior / (1 + prior).
+    Rounded up to a multiple of 8, which most numbers of ranks and micro-batches divide, and at
+    most half of the batch, for each image of S is paired with one of U.
+    """
+    share = prior / (1 + prior)
+    return min(8 * math.ceil(share * batch_size / 8), batch_size // 2)
+
+
 def supervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, share: float) -> torch.Tensor:
-    """The baseline that takes all of U for normal: the mean over the union of U and S of the two label costs.
-    loss_u [B_u], loss_s [B_s]; share: the fraction of that union which is S, in [0, 1] -> scalar."""
+    """The baseline that takes all of U for normal: the mean cost over U and S -> scalar.
+
+    loss_u [B_u], loss_s [B_s]: as above; share: |S| / (|U| + |S|), in [0, 1]
+    """
     return (1 - share) * loss_u.mean() + share * -log1mexp(loss_s).mean()
 
 
-def unsupervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor = None) -> torch.Tensor:
-    """The baseline that ignores S: the ordinary diffusion loss, E_U[l]. loss_u [B_u] -> scalar."""
+def unsupervised_loss(loss_u: torch.Tensor) -> torch.Tensor:
+    """The baseline that ignores S: the ordinary diffusion loss, E_U[l] -> scalar. loss_u [B_u]"""
     return loss_u.mean()

@@ -1,14 +1,16 @@
 """
-Train a diffusion model on unlabeled images, some of which must not be generated, and a few that are labeled so.
+Train a diffusion model on unlabeled images, some of which must not be generated, and a few images
+that are labeled so.
 
-    python train.py --dataset mnist --prior 0.5                          # half of the unlabeled digits are odd: learn the even
-    python train.py --dataset mnist --prior 0.5 --resume                 # go on after an interruption as if there had been none
-    python train.py --dataset mnist --prior 1/11 --sensitive 4,7         # other forbidden classes, 10 normal to 1 sensitive
-    python train.py --dataset mnist --prior 0.5 --algorithm unsupervised # what happens without the method
-    python train.py --dataset cifar10 --prior 1/11 --init_from google/ddpm-cifar10-32    # clean a model that exists
-    torchrun --standalone --nproc_per_node=8 train.py --model paper      # the same training on 8 GPUs, or on CPU cores
+    python train.py --dataset mnist --prior 0.5                        # half of the digits are odd
+    python train.py --dataset mnist --prior 0.5 --resume               # go on after an interruption
+    python train.py --prior 1/11 --sensitive 4,7                       # other forbidden classes
+    python train.py --prior 0.5 --algorithm unsupervised               # without the method
+    python train.py --dataset cifar10 --prior 1/11 --recipe paper      # as in the paper
+    python train.py --dataset cifar10 --prior 1/11 --init_from google/ddpm-cifar10-32    # clean it
+    torchrun --standalone --nproc_per_node=8 train.py --recipe paper   # on 8 GPUs
 
-A CPU or a GPU, whatever is there. Everything lands in --out_dir: ckpt.pt, log.csv, and a grid of samples now and then.
+It runs on a CPU or a GPU. Everything lands in --out_dir: ckpt.pt, log.csv and grids of samples.
 """
 import argparse
 import copy
@@ -18,6 +20,7 @@ import os
 import signal
 import sys
 import time
+from collections import ChainMap
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,118 +30,118 @@ import torch.distributed as dist
 
 from data import DATA_DIR, DATASETS, FITS, data_flags, has_class, load, parse_classes, split
 from diffusion import GaussianDiffusion
-from images import save_grid, to_uint8
+from images import join_pngs, save_grid, to_float, to_uint8
 from pretrained import load_pretrained
-from pu_loss import pu_loss, supervised_loss, unsupervised_loss
-from pu_filter import read_scores, write_scores
-from runtime import compiled, default_dtype, device_flags, find_device, first_rank_first, fraction, positive, ranks, read_checkpoint
-from unet import PRESETS, UNet, UNetConfig, check, preset
+from pu_filter import read_scores
+from pu_loss import pu_loss, sensitive_per_batch, supervised_loss, unsupervised_loss
+from runtime import (compiled, count, decay, default_dtype, device_flags, exit_status, find_device,
+                     first_rank_first, fraction, positive, positive_float, positive_or_inf, ranks,
+                     read_checkpoint, step_or_share, write_whole)
+from unet import PRESETS, UNet, UNetConfig, preset
 
 # -----------------------------------------------------------------------------
 # the command line
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 usage="python train.py [--flag value ...]")
-flag = parser.add_argument
+# what flags that are not given stand for: by network, ...
+DEFAULTS = {
+    "tiny": dict(schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200, max_steps=4000,
+                 pu_start=0.5),
+    "paper": dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, max_steps=20000,
+                  pu_start=0.5),    # and for networks of your own
+}
+# ... and where the recipe, or a model to start from, says more (section 5 of the paper)
+PAPER = dict(model="paper", schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500,
+             max_steps=None, epochs=100, pu_start=0)
+FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs=20, pu_start=0)
+
+parser = argparse.ArgumentParser(description=__doc__, usage="python train.py [--flag value ...]",
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 data_flags(parser)
-flag("--hflip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: for photographs, not for digits)")
-flag("--loss_prior", type=fraction, help="what the loss assumes instead, to study a wrong guess (default: --prior; --scores make both smaller)")
-flag("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "oracle"],
-     help="pu: the method; supervised: takes U for normal; unsupervised: ignores S; oracle: unsupervised on the normal images of "
-          "U alone, by labels that nobody has in practice (default: pu)")
-flag("--correction", default="abs", choices=["abs", "nn", "none"],
-     help="where the estimated normal loss is negative: take its absolute value, descend on minus it alone, or let it be (default: abs)")
-flag("--push_limit", type=float, default=2.0, help="pu counts l of an image of S up to this multiple of l of the image of U at the same timestep and noise, "
-                                                   "and pushes no further; inf: no limit, the paper's method (default: 2)")
-flag("--scores", help="a file of pu_filter.py: do without those images of U and S that score high; auto: have it made first, in --out_dir; "
-                      "none: keep all, which for pu is the paper's method (default: auto for pu, none for others)")
-flag("--keep", type=fraction, help="with scores: the fraction of U to keep (default: 0.9 of the normal ones, 0.9 (1 - prior))")
-flag("--init_from", help="start from this model, not from random weights: a ckpt.pt of train.py, a folder in the diffusers format, "
-                         "or the name of one on the hub, such as google/ddpm-cifar10-32")
-flag("--schedule", choices=["linear", "cosine", "lognormal"], help="noise schedule (default: lognormal for tiny, linear for others, or that of --init_from)")
-flag("--prediction", choices=["eps", "v"], help="what the network predicts, and l is the squared error of (default: v for tiny, eps for others, or that of --init_from)")
-flag("--model", choices=list(PRESETS), help="network (default: tiny for digits and clothes, paper for photographs)")
-flag("--batch_size", type=positive, help="images a step, from U and S together (default: 128; stl10: 32, celeba: 16)")
-flag("--grad_accum", type=positive, default=1,
-     help="rounds in which each step goes through its batch, for batches that do not fit into memory at once (default: 1)")
-flag("--sensitive_share", type=fraction, help="share of each batch that pu draws from S, at most 0.5 (default: what makes E_U[l] - prior E_S[l] "
-                                              "least noisy, prior / (1 + prior), as a multiple of 8 images; none where --scores leave fewer than that)")
-flag("--max_steps", type=positive, help="optimizer steps (default: 4000 for tiny, 20000 for paper, the size of U times 20 / --batch_size with --init_from)")
-flag("--lr", type=float, help="peak learning rate (default: 2e-3 for tiny, 1e-4 for paper and with --init_from)")
-flag("--warmup_steps", type=int, help="steps of linear warm-up, before the cosine decay to 0 (default: 200 for tiny, 500 for others)")
-flag("--grad_clip", type=float, default=1.0, help="largest gradient norm; inf: no limit (default: 1)")
-flag("--ema_decay", type=float, default=0.999, help="of the moving average of the weights, which is what samples (default: 0.999)")
-device_flags(parser)
-flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the loss (default: on cuda only)")
-flag("--log_interval", type=positive, default=100, help="steps between two log lines (default: 100)")
-flag("--sample_interval", type=positive, default=500, help="steps between two sample grids and checkpoints (default: 500)")
-flag("--out_dir", type=Path, help="where all results go (default: out/DATASET-ALGORITHM-PRIOR)")
-flag("--resume", action="store_true", help="go on from the checkpoint in --out_dir, with the flags it was started with")
+parser.add_argument("--hflip", action=argparse.BooleanOptionalAction,
+                    help="mirror half of the images (default: photographs only)")
 
-MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval", "max_steps", "data_dir", "out_dir", "resume"}
+group = parser.add_argument_group("what is minimised")
+group.add_argument("--algorithm", default="pu",
+                   choices=["pu", "supervised", "unsupervised", "oracle"],
+                   help="the PU risk, or a baseline (default: pu)")
+group.add_argument("--recipe", choices=["paper"],
+                   help="paper: network, schedule, optimizer and epochs of the paper")
+group.add_argument("--pu_start", type=step_or_share,
+                   help="step, or share of --max_steps, where the PU risk begins (default: 1/2)")
+group.add_argument("--correction", default="abs", choices=["abs", "nn", "none"],
+                   help="of a negative estimate of the normal loss (default: abs)")
+group.add_argument("--loss_prior", type=fraction, help="a wrong prior, to study (default: --prior)")
+group.add_argument("--scores", type=Path, help="of pu_filter.py: leave out what scores high")
+group.add_argument("--keep", type=fraction,
+                   help="with --scores: the fraction of U to keep (default: 0.9 (1 - prior))")
 
-def fail(error):
-    """The world is not as it should be: exit status 1. (A wish that cannot be granted is parser.error's: 2.)"""
-    sys.exit(f"train.py: error: {error}")
+group = parser.add_argument_group("model")
+group.add_argument("--model", choices=list(PRESETS), help="network (default: the data set's)")
+group.add_argument("--init_from", help="ckpt.pt, folder in the diffusers format, or name on the hub")
+group.add_argument("--schedule", choices=["linear", "cosine", "lognormal"],
+                   help="noise schedule (default: the model's)")
+group.add_argument("--prediction", choices=["eps", "v"],
+                   help="what the network predicts (default: the model's)")
+
+group = parser.add_argument_group("optimization")
+group.add_argument("--batch_size", type=positive, help="images a step, of U and S together")
+group.add_argument("--grad_accum", type=positive, default=1,
+                   help="micro-batches a step, to save memory (default: 1)")
+group.add_argument("--max_steps", type=positive, help="optimizer steps (default: the model's)")
+group.add_argument("--lr", type=positive_float, help="peak learning rate (default: the model's)")
+group.add_argument("--pu_lr", type=positive_float,
+                   help="peak where the PU risk begins after a first part (default: half of --lr)")
+group.add_argument("--warmup_steps", type=count, help="steps of linear warm-up")
+group.add_argument("--grad_clip", type=positive_or_inf, default=1.0,
+                   help="largest gradient norm (default: 1)")
+group.add_argument("--ema_decay", type=decay, default=0.999,
+                   help="of the average of the weights, which is sampled from (default: 0.999)")
+
+group = parser.add_argument_group("running")
+device_flags(group)
+group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                   help="torch.compile the loss (default: on cuda only)")
+group.add_argument("--log_interval", type=positive, default=100, help="steps (default: 100)")
+group.add_argument("--sample_interval", type=positive, default=500,
+                   help="steps between two sample grids and checkpoints (default: 500)")
+group.add_argument("--out_dir", type=Path, help="(default: out/DATASET-ALGORITHM-PRIOR)")
+group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out_dir")
+
+MAY_CHANGE = {"lr", "pu_lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
+              "max_steps", "data_dir", "out_dir", "resume"}
 
 args = parser.parse_args()
-signal.signal(signal.SIGINT, lambda *_: sys.exit("train.py: interrupted"))
-args.out_dir = args.out_dir or Path("out") / f"{args.dataset}-{args.algorithm}-{args.prior:.4g}"
+if args.out_dir is None:
+    kinds = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
+    args.out_dir = Path("out", "-".join([args.dataset, args.algorithm, f"{args.prior:.4g}", *kinds]))
 ckpt_path = args.out_dir / "ckpt.pt"
 ckpt = None
-if args.resume:
-    try:
+with exit_status(parser):
+    if args.resume:
         ckpt = read_checkpoint(ckpt_path)
-    except OSError as e:
-        fail(e)
-    saved = {**vars(parser.parse_args([])), "prediction": "eps", "push_limit": math.inf, **ckpt["args"]}    # for runs that are older than a flag
-    saved["scores"] = saved["scores"] or "none"
-    parser.set_defaults(**saved)    # the run's own flags, unless given again
-    args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
-    for name, value in saved.items():
-        if str(getattr(args, name)) != str(value) and name not in MAY_CHANGE:
-            parser.error(f"--{name} cannot change on --resume: the run in {args.out_dir} has {value}")
-elif ckpt_path.exists():
-    parser.error(f"--out_dir {args.out_dir} already holds a run: add --resume to go on with it, or name another folder")
-
-if args.init_from and args.model:
-    parser.error(f"--model {args.model} cannot go with --init_from, which brings its own network")
-info = {name: value for name, value in DATASETS[args.dataset].items() if not (args.init_from and name in ("model", "image_size", "channels"))}
-RECIPES = {"tiny": dict(lr=2e-3, warmup_steps=200, max_steps=4000, schedule="lognormal", prediction="v"),
-           "paper": dict(lr=1e-4, warmup_steps=500, max_steps=20000, schedule="linear", prediction="eps"),
-           "init_from": dict(lr=1e-4, warmup_steps=500)}    # its max_steps depend on the size of U, the others on the model
-recipe = "init_from" if args.init_from else args.model or info["model"]
-for defaults in [info, RECIPES.get(recipe, RECIPES["paper"])]:    # what was not asked for
-    for name, value in defaults.items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
-args.scores = args.scores or ("auto" if args.algorithm == "pu" else "none")
-if args.sensitive_share and args.sensitive_share > 0.5:
-    parser.error(f"--sensitive_share {args.sensitive_share} is above 0.5: every image of S is paired with one of U")
-if not args.push_limit > 0:
-    parser.error("--push_limit must be a positive number, or inf")
-if not 0 < args.lr < math.inf:
-    parser.error("--lr must be a positive number")
-if not args.grad_clip > 0:
-    parser.error("--grad_clip must be a positive number, or inf")
-if args.keep and args.scores == "none":
-    parser.error("--keep needs --scores: auto, or a file of pu_filter.py")
-if args.scores != "none" and args.algorithm == "oracle":
-    parser.error("--scores and --algorithm oracle do not go together: the oracle has the labels")
-if args.algorithm == "oracle" and args.dataset == "folder":
-    parser.error("--algorithm oracle needs the labels of U, which a folder does not have")
-if args.warmup_steps < 0 or not 0 <= args.ema_decay < 1:
-    parser.error("--warmup_steps must not be negative, and --ema_decay must be at least 0 and below 1")
+        parser.set_defaults(**ckpt["args"])    # the run's own flags, unless given again
+        args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
+        for name, value in ckpt["args"].items():
+            if name not in MAY_CHANGE and str(getattr(args, name)) != str(value):
+                raise ValueError(f"--{name} cannot change on --resume: the run has {value}")
+    elif ckpt_path.exists():
+        raise ValueError(f"--out_dir {args.out_dir} already holds a run: add --resume to go on "
+                         f"with it, or name another folder")
+    if args.keep and not args.scores:
+        raise ValueError("--keep needs --scores")
+    if args.init_from and args.model:
+        raise ValueError(f"--model {args.model} cannot go with --init_from, which brings its own")
+    if args.algorithm == "oracle" and (args.scores or args.dataset == "folder"):
+        raise ValueError("--algorithm oracle needs the labels of U: it goes with neither a folder "
+                         "nor --scores")
 
 # -----------------------------------------------------------------------------
 # the device and its precision
 
-try:
+with exit_status(parser):
     device = find_device(args.device)
-except ValueError as e:
-    parser.error(e)
 rank, world = ranks()
-if rank:    # the first speaks, and writes, for all
+if rank > 0:    # the first speaks, and writes, for all
     sys.stdout = open(os.devnull, "w")
 args.dtype = args.dtype or default_dtype(device)
 if args.compile is None:
@@ -149,97 +152,158 @@ autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
-# the data: U and S live on the device as bytes, or in a memory-mapped file where they are too large
+# the model to start from, and what stands for the flags that were not given
+
+given, known = None, {}
+if args.init_from and not ckpt:
+    with exit_status(parser):
+        data_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
+        with first_rank_first():
+            given, of_given = load_pretrained(args.init_from, data_dir)
+        known = dict(schedule=of_given.schedule, prediction=of_given.prediction)
+        for name, value in known.items():
+            if getattr(args, name) not in (None, value):
+                raise ValueError(f"--{name} {getattr(args, name)} is not what {args.init_from} "
+                                 f"was trained with, {value}")
+        if "image_size" in DATASETS[args.dataset]:    # its images are resized to what the model has
+            known |= dict(image_size=given.config.image_size, channels=given.config.image_channels)
+
+layers = [known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
+          DATASETS[args.dataset]]
+network = args.model or ChainMap(*layers)["model"]
+choices = ChainMap(*layers, DEFAULTS.get(network, DEFAULTS["paper"]))
+for name, value in choices.items():
+    if getattr(args, name, value) is None:
+        setattr(args, name, value)
+
+# -----------------------------------------------------------------------------
+# the data: U and S are bytes on the device, or stay in their file where they are too large for it
 
 def check_size(config, channels, size):
     if (config.image_channels, config.image_size) != (channels, size):
-        parser.error(f"--init_from {args.init_from} is for {config.image_size}x{config.image_size} images of {config.image_channels} channels, "
-                     f"{args.dataset} has {size}x{size} of {channels}")
+        raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
+                         f"{config.image_size} images of {config.image_channels} channels, "
+                         f"{args.dataset} has {size}x{size} of {channels}")
 
-try:
-    initial = None
-    if args.init_from and not ckpt:
-        with first_rank_first():
-            initial, diffusion = load_pretrained(args.init_from, DATA_DIR if args.dataset == "folder" else args.data_dir)
-        if args.dataset in ("folder", "celeba"):
-            args.image_size = args.image_size or initial.config.image_size
-            args.channels = args.channels or initial.config.image_channels
-            check_size(initial.config, args.channels, args.image_size)    # better to fail now than after the decoding
-        for name in ["schedule", "prediction"]:
-            asked, found = getattr(args, name), getattr(diffusion, name)
-            if asked not in (None, found):
-                parser.error(f"--{name} {asked} is not what {args.init_from} was trained with, {found}")
-            setattr(args, name, found)
-    elif args.image_size and not ckpt:
-        check(preset(args.model, args.channels, args.image_size))
+with exit_status(parser):
+    if given and args.image_size:
+        check_size(given.config, args.channels, args.image_size)    # before the images are decoded
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     channels, size = data.train.shape[1:3]
-    config = UNetConfig(**ckpt["config"]) if ckpt else initial.config if initial else preset(args.model, channels, size)
-    check_size(config, channels, size)
-    u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled, args.n_labeled, args.seed)
-    n_U, n_S = len(u), len(s)
-    loss_prior = args.loss_prior = args.loss_prior or args.prior
-    if args.scores != "none":
-        args.keep = args.keep or 0.9 * (1 - args.loss_prior)
-        scores_path = args.out_dir / "scores.pt" if args.scores == "auto" else Path(args.scores)
-        if args.scores == "auto" and rank == 0 and not ckpt and not scores_path.exists():
-            print(f"a classifier first, whose scores go to {scores_path}", flush=True)
-            write_scores(scores_path, data, u, s, args.loss_prior, args.hflip, args.seed, device)
-        if world > 1:
-            dist.barrier()
-        u, s = read_scores(scores_path, data, u, s, args.keep, (args.loss_prior, args.seed) if args.scores == "auto" and not ckpt else None)
-        loss_prior *= (len(s) / n_S) / (len(u) / n_U)    # of what is kept
-    if ckpt:
-        loss_prior = ckpt.get("loss_prior", args.loss_prior)    # older ones have it there
-    counts = [len(u), len(s)]
-    if not loss_prior < 1:
-        parser.error(f"the scores in {scores_path} leave a prior of {loss_prior:.3g}, which is none: they, or --prior, are wrong")
+    u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
+                    args.n_labeled, args.seed)
     if args.algorithm == "oracle":
         u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
-        counts[0] = n_U = len(u)
-    model = (initial or UNet(config)).to(device, memory_format=torch.channels_last)
-except ValueError as e:
-    parser.error(e)
-except OSError as e:
-    fail(e)
-args.max_steps = args.max_steps or math.ceil(20 * n_U / args.batch_size)
-if ckpt and ckpt["counts"] != counts:
-    what, where = ("images", args.data_dir) if args.scores == "none" else ("scores", scores_path)
-    fail(f"{where} holds other {what} than when the run began: U and S had {ckpt['counts']}, now {counts}")
-images = data.train
-if (len(u) + len(s)) * images[0].numel() <= FITS:
-    images = torch.cat([images[u], images[s]]).to(device)
-    u, s = torch.arange(len(u), device=device), torch.arange(len(u), len(images), device=device)
+    n_unlabeled, n_labeled = len(u), len(s)
+    args.loss_prior = args.loss_prior or args.prior
+    loss_prior = args.loss_prior
+    if args.scores:
+        args.keep = args.keep or 0.9 * (1 - loss_prior)
+        u, s = read_scores(args.scores, data, u, s, args.keep)
+        loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)    # of what is kept
 
-# each step draws a fixed number of each, and every rank and round gets as many as any other
-parts = world * args.grad_accum
-optimal = loss_prior / (1 + loss_prior)
-share = {"pu": optimal and (args.sensitive_share or optimal), "supervised": counts[1] / sum(counts)}.get(args.algorithm, 0)
-n_s = max(int(share > 0), round(share * args.batch_size))
-if args.algorithm == "pu" and not args.sensitive_share:
-    n_s = 8 * math.ceil(share * args.batch_size / 8)    # which most numbers of ranks and rounds divide
-    if args.scores != "none" and len(s) < n_s:    # learned by heart, a few images tell nothing of the others that are left
-        n_s = share = 0
-n_s = min(n_s, args.batch_size // 2)
-n_u = args.batch_size - n_s
-if share and n_s == 0:
-    parser.error(f"--batch_size {args.batch_size} leaves no room for images of both U and S")
-if n_u % parts or n_s % parts:
-    parser.error(f"a batch of {n_u} images of U and {n_s} of S cannot be divided evenly among {world} ranks with {args.grad_accum} rounds each: "
-                 f"choose another --batch_size, --grad_accum or --sensitive_share")
+    # how long, and where the second part begins
+    if args.max_steps is None:
+        args.max_steps = math.ceil(choices["epochs"] * n_unlabeled / args.batch_size)
+    if args.algorithm != "pu":
+        args.pu_start = 0
+    elif args.pu_start < 1:    # a share
+        args.pu_start = round(args.pu_start * args.max_steps)
+    args.pu_start = int(args.pu_start)
+    args.pu_lr = args.pu_lr or 0.5 * args.lr
+    if args.pu_start >= args.max_steps:
+        raise ValueError(f"--pu_start {args.pu_start} leaves no step for the PU risk: "
+                         f"--max_steps is {args.max_steps}")
+
+    # how many images of U and of S a step takes
+    n_s = 0
+    if args.algorithm == "pu":
+        if not loss_prior < 1:
+            raise ValueError(f"--scores {args.scores} leave a prior of {loss_prior:.3g}: they, or "
+                             f"--prior, are wrong")
+        n_s = sensitive_per_batch(args.batch_size, loss_prior)
+        if args.scores and len(s) < max(n_s, 1):
+            raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the "
+                             f"{max(n_s, 1)} a step takes: they would be learned by heart. Use "
+                             f"--algorithm unsupervised, or a larger --keep")
+    elif args.algorithm == "supervised":
+        share_s = n_labeled / (n_labeled + n_unlabeled)
+        n_s = max(1, round(share_s * args.batch_size))
+    n_u = args.batch_size - n_s
+    if n_u == 0 or n_s == 0 and args.algorithm in ("pu", "supervised"):
+        raise ValueError(f"--batch_size {args.batch_size} leaves no room for images of U and of S")
+    micro_batches = world * args.grad_accum    # a step, over all ranks
+    for n in [n_u, n_s, args.batch_size]:
+        if n % micro_batches:
+            raise ValueError(f"{n} images cannot be divided evenly among {world} ranks with "
+                             f"{args.grad_accum} micro-batches each: choose another --batch_size "
+                             f"or --grad_accum")
+
+    # the network
+    if ckpt:
+        config = UNetConfig(**ckpt["config"])
+    elif given:
+        config = given.config
+    else:
+        config = preset(args.model, channels, size)
+    check_size(config, channels, size)
+    model = (given or UNet(config)).to(device, memory_format=torch.channels_last)
+    counts = [len(u), len(s)]
+    if ckpt and ckpt["counts"] != counts:
+        raise OSError(f"U and S had {ckpt['counts']} images when the run began, now {counts}: "
+                      f"{args.scores or args.data_dir} has changed")
+
+images = data.train
+if sum(counts) * images[0].numel() <= FITS:
+    images = torch.cat([images[u], images[s]]).to(device)
+    u, s = torch.arange(sum(counts), device=device).split(counts)
 
 # -----------------------------------------------------------------------------
-# the model, its moving average, the loss and the optimizer
+# the moving average, the loss, the optimizer
 
 ema = copy.deepcopy(model).eval().requires_grad_(False)
-net = model if world == 1 else torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+net = model
+if world > 1:
+    net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 diffusion = GaussianDiffusion(1000, args.schedule, args.prediction).to(device)
-fused = {"fused": True} if device.type in ("cuda", "cpu") else {}
-optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **fused)
+optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type in ("cuda", "cpu"))
 scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
-corrects = args.algorithm == "pu" and args.correction != "none"
-plus = torch.ones((), device=device)    # a difference that needs no correction
+
+def per_image_loss(x_0, t, eps):
+    """x_0, eps [B, C, H, W], t [B] -> [B]"""
+    with autocast:
+        return diffusion.per_image_loss(net, x_0, t, eps)
+
+eager = per_image_loss
+if args.compile:
+    x = torch.zeros(args.batch_size // micro_batches, channels, size, size, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    t = torch.zeros(len(x), dtype=torch.long, device=device)
+    per_image_loss = compiled(eager, lambda fast: fast(x, t, x).sum().backward())
+    optimizer.zero_grad()
+
+def learning_rate(step):
+    """Linear warm-up, constant while U is learned; from the last part's beginning a cosine to 0."""
+    warmup_steps = min(args.warmup_steps, args.max_steps // 4)
+    warmup = min(1, (step + 1) / (warmup_steps + 1))
+    if step < args.pu_start:
+        return warmup * args.lr
+    peak = args.pu_lr if args.pu_start else args.lr
+    start = max(args.pu_start, warmup_steps)
+    progress = max(0, step - start) / max(1, args.max_steps - start)
+    return warmup * peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+def averaging(step):
+    """The decay of the moving average. It soon forgets random weights, and reaches back over at
+    most a quarter of the run: a short fine-tuning would sample from the model it started from."""
+    decay = min(args.ema_decay, max(0, 1 - 4 / args.max_steps))
+    if not args.init_from:
+        decay = min(decay, (1 + step) / (10 + step))
+    return decay
+
+# -----------------------------------------------------------------------------
+# one step
 
 def over_ranks(x):
     """-> the mean over the ranks"""
@@ -247,191 +311,245 @@ def over_ranks(x):
         dist.all_reduce(x := x.clone())
     return x / world
 
-def loss_fn(x_0, t, eps, whole=None):
-    """One part of a batch -> its risk, and for the log [risk, mean l on U, mean limited l on S, was it corrected?, l on U and l on S by thirds of t].
-    whole: E_U[l] - prior E_S[l] of the whole batch, or anything of its sign; by default the parts of all ranks are it."""
-    with autocast:
-        loss = diffusion.per_image_loss(net, x_0, t, eps)
-    thirds = 3 * loss[:, None] * (3 * t[:, None] // diffusion.T == torch.arange(3, device=device))    # [B, 3]: into each falls a third of all t
-    (loss_u, loss_s), (thirds_u, thirds_s) = (x.split([n_u // parts, n_s // parts]) for x in (loss, thirds))
-    if args.algorithm == "pu" and args.push_limit < math.inf:    # else a few images of S, learned by heart, are pushed away for ever, and all others with them
-        loss_s = loss_s.minimum(args.push_limit * loss_u[:len(loss_s)].detach())
-    mean_u, mean_s = loss_u.mean(), loss_s.mean()
-    if whole is None:
-        whole = over_ranks((mean_u - loss_prior * mean_s).detach())
-    if not n_s:
-        risk = unsupervised_loss(loss_u)
-    elif args.algorithm == "pu":
-        risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, whole)
-    else:
-        risk = supervised_loss(loss_u, loss_s, share)
-    figures = torch.stack([risk, mean_u, mean_s, (whole < 0) & corrects])
-    return risk, torch.cat([figures, thirds_u.mean(0), thirds_s.mean(0)]).detach()
+def draw_batch(n_u, n_s):
+    """The batch of one step, which all ranks draw alike: n_u images of U, then n_s of S
+    -> {name: [n_u + n_s, ...]}. Image i of S has the timestep and the noise of image i of U, which
+    makes the difference of their losses less noisy."""
+    index = torch.cat([rows[torch.randint(max(1, len(rows)), (n,), device=rows.device)]
+                       for rows, n in [(u, n_u), (s, n_s)]])
+    batch = dict(index=index)
+    if args.hflip:
+        batch["mirrored"] = torch.rand(n_u + n_s, 1, 1, 1, device=device) < 0.5
+    # timesteps one golden ratio apart are spread evenly, and so are the first n_s of them
+    spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)
+    t = (diffusion.T * (spread % 1)).long()
+    eps = torch.randn(n_u, channels, size, size, device=device)
+    return batch | dict(t=torch.cat([t, t[:n_s]]), eps=torch.cat([eps, eps[:n_s]]))
 
-if args.compile:
-    black, eps = (torch.zeros(args.batch_size // parts, channels, size, size, device=device).contiguous(memory_format=torch.channels_last)
-                  for _ in range(2))
-    trial = (black, torch.zeros(len(eps), dtype=torch.long, device=device), eps, plus if args.grad_accum > 1 else None)
-    eager = loss_fn
-    loss_fn = compiled(eager, lambda fast: fast(*trial)[0].backward())
-    optimizer.zero_grad()
+def read_images(index):
+    """Their numbers [B] -> x_0 [B, C, H, W] in [-1, 1], on the device"""
+    x_0 = images[index]
+    if device.type == "cuda" and x_0.is_cpu:
+        x_0 = x_0.pin_memory()
+    return to_float(x_0.to(device, non_blocking=True))
 
-step, sums, counted = 0, torch.zeros(10, device=device), 0    # sums of loss_fn's figures since the last log line
-seconds = 0.0    # trained before this start
+def accumulate_gradients(batch, n_u, n_s, negative=None):
+    """Sends this rank's micro-batches of a batch forward and backward.
+
+    negative: is E_U[l] - prior E_S[l] of the whole batch negative? None: the micro-batches that
+        the ranks are at are the whole batch, and decide
+    -> {name: mean over the micro-batches} for the log
+    """
+    means = {}
+    for first in range(rank, micro_batches, world):
+        part = {name: torch.cat([x[first:n_u:micro_batches], x[n_u + first::micro_batches]])
+                for name, x in batch.items()}
+        x_0 = read_images(part["index"])
+        x_0 = x_0.contiguous(memory_format=torch.channels_last)
+        if args.hflip:
+            x_0 = torch.where(part["mirrored"], x_0.flip(3), x_0)
+        eps = part["eps"].contiguous(memory_format=torch.channels_last)
+        net.require_backward_grad_sync = first + world >= micro_batches    # for DDP: after the last
+        loss = per_image_loss(x_0, part["t"], eps)
+        loss_u, loss_s = loss.split([n_u // micro_batches, n_s // micro_batches])
+
+        whole_is_negative = negative
+        if n_s == 0:
+            risk = unsupervised_loss(loss_u)
+        elif args.algorithm == "supervised":
+            risk = supervised_loss(loss_u, loss_s, share_s)
+        else:
+            if negative is None:
+                difference = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
+                whole_is_negative = over_ranks(difference) < 0
+            risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, whole_is_negative)
+        scaler.scale(risk / args.grad_accum).backward()
+
+        found = dict(risk=risk, loss_u=loss_u.mean())
+        if n_s > 0:
+            found["loss_s"] = loss_s.mean()
+        if args.algorithm == "pu" and n_s > 0:
+            found["corrected"] = whole_is_negative * (args.correction != "none")
+        t_u, t_s = part["t"].split([len(loss_u), len(loss_s)])
+        for third, name in enumerate(["low", "middle", "high"]):    # of T, where losses differ
+            found[f"loss_u_{name}_t"] = (3 * loss_u * (3 * t_u // diffusion.T == third)).mean()
+            if n_s > 0:
+                found[f"loss_s_{name}_t"] = (3 * loss_s * (3 * t_s // diffusion.T == third)).mean()
+        for name, value in found.items():
+            means[name] = means.get(name, 0) + value.detach() / args.grad_accum
+    return means
+
+# -----------------------------------------------------------------------------
+# what a run leaves behind, and how it goes on
+
+step, sums, counted, seconds = 0, {}, 0, 0.0    # sums: of the means of the `counted` last steps
 if ckpt:
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optimizer.load_state_dict(ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"])
-    step, counted, seconds = ckpt["step"], ckpt["counted"], ckpt.get("seconds", 0.0)
-    sums[:len(ckpt["sums"])] = ckpt["sums"]    # older ones are shorter
+    step, counted, seconds = ckpt["step"], ckpt["counted"], ckpt["seconds"]
+    sums = {name: value.to(device) for name, value in ckpt["sums"].items()}
     torch.set_rng_state(ckpt["rng"]["cpu"])
-    if device.type in ckpt["rng"] and device.type != "cpu":
+    if device.type != "cpu" and device.type in ckpt["rng"]:
         getattr(torch, device.type).set_rng_state(ckpt["rng"][device.type])
+first_step, start, mark = step, time.time(), time.time()
 
-# -----------------------------------------------------------------------------
-# where results go
+columns = ["step", "risk", "loss_u", "loss_s", "corrected", "lr", "images_per_second", "seconds",
+           *(f"loss_{of}_{t}_t" for of in "us" for t in ["low", "middle", "high"])]
+log_path = args.out_dir / "log.csv"
+rows = []
+with exit_status(parser):
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        if ckpt and log_path.exists():    # what was logged after the checkpoint comes again
+            rows = [row for row in csv.DictReader(log_path.open()) if int(row["step"]) <= step]
+        log_file = open(os.devnull if rank > 0 else log_path, "w", newline="")
+    except OSError as error:
+        raise OSError(f"--out_dir {args.out_dir} cannot be written: {error}") from None
+log = csv.DictWriter(log_file, columns)    # without a value, a cell is empty
+log.writeheader()
+log.writerows(rows)
+log_file.flush()
 
 def where_it_stands():
-    return f"--resume goes on from {ckpt_path}" if ckpt_path.exists() else "no checkpoint was written yet"
+    if ckpt_path.exists():
+        return f"--resume goes on from {ckpt_path}"
+    return "no checkpoint was written yet"
+
+def check_finite():
+    """So that no checkpoint is overwritten with a broken one."""
+    if not sums["risk"].isfinite() or not all(p.isfinite().all() for p in ema.parameters()):
+        sys.exit(f"train.py: error: the risk or the weights are no longer finite at step {step}: "
+                 f"try a lower --lr ({where_it_stands()})")
 
 def save_checkpoint():
-    """Written beside the last one, then renamed: an interruption leaves one whole checkpoint, old or new."""
     rng = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         rng[device.type] = getattr(torch, device.type).get_rng_state()
-    saved_args = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    try:
-        torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict(), config=asdict(config), args=saved_args, loss_prior=loss_prior, counts=counts, step=step, sums=sums,
-                        counted=counted, rng=rng, seconds=seconds + time.time() - start), f"{ckpt_path}.tmp")
-        os.replace(f"{ckpt_path}.tmp", ckpt_path)
-    except (OSError, RuntimeError) as e:    # RuntimeError: a full disk, to torch.save
-        fail(f"{ckpt_path} cannot be written at step {step} ({str(e).splitlines()[0]}); {where_it_stands()}")
+    plain_args = {name: str(value) if isinstance(value, Path) else value
+                  for name, value in vars(args).items()}
+    state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                 scaler=scaler.state_dict(), config=asdict(config), args=plain_args,
+                 loss_prior=loss_prior, counts=counts, step=step, sums=sums, counted=counted,
+                 rng=rng, seconds=seconds + time.time() - start)
+    with exit_status(parser):
+        write_whole(ckpt_path, lambda part: torch.save(state, part))
 
 def save_samples(path):
-    generator = torch.Generator(device).manual_seed(args.seed)    # its own: sampling does not disturb training
+    generator = torch.Generator(device).manual_seed(args.seed)    # training's is left alone
     with autocast:
-        save_grid(to_uint8(diffusion.sample(ema, (64, channels, size, size), generator=generator)), path)
+        samples = diffusion.sample(ema, (64, channels, size, size), generator=generator)
+    with exit_status(parser):
+        save_grid(to_uint8(samples), path)
 
-log_path = args.out_dir / "log.csv"
-columns = ["step", "risk", "loss_u", "loss_s", "corrected", "lr", "images_per_second", "seconds",
-           *(f"loss_{part}_{t}_t" for part in "us" for t in ["low", "middle", "high"])]
-rows = []
-try:
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    if ckpt and log_path.exists():    # what was logged after the checkpoint will be logged again
-        rows = [row for row in csv.reader(log_path.open()) if row and row[0].isdecimal() and int(row[0]) <= step]
-    log_file = open(os.devnull if rank else log_path, "w", newline="")
-except OSError as e:
-    fail(f"--out_dir {args.out_dir} cannot be written: {e}")
-log = csv.writer(log_file)
-log.writerows([columns, *rows])
-log_file.flush()
+signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; "
+                                                 f"{where_it_stands()}"))
+
+# -----------------------------------------------------------------------------
+# what is about to happen
+
+difference = f"E_U[l] - {loss_prior:.4g} E_S[l]"
+corrected = {"abs": f"|{difference}|", "nn": f"max(0, {difference})", "none": difference}
+ordinary = f"the ordinary diffusion loss, E_U[l], on {args.batch_size} images of U a step"
+objective = {
+    "pu": f"the PU risk, {loss_prior:.4g} E_S[-log(1 - exp(-l))] + {corrected[args.correction]}, "
+          f"on {n_u} images of U and {n_s} of S a step",
+    "supervised": f"the supervised risk, {len(u) / sum(counts):.4g} E_U[l] + "
+                  f"{len(s) / sum(counts):.4g} E_S[-log(1 - exp(-l))], "
+                  f"on {n_u} images of U and {n_s} of S a step",
+    "unsupervised": ordinary,
+    "oracle": f"{ordinary}, all of them normal by labels that nobody has",
+}[args.algorithm]
+print(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
+      f"({args.sensitive or 'your estimate'}); S has {n_labeled:,}")
+if args.scores:
+    print(f"{args.scores}: of these, the {len(u):,} of U that score lowest, which is {args.keep:.4g} "
+          f"of it, and the {len(s):,} of S that score no higher")
+if args.pu_start:
+    print(f"steps 1 to {args.pu_start} minimise {ordinary}")
+print(f"steps {args.pu_start + 1} to {args.max_steps} minimise {objective}")
+if micro_batches > 1:
+    print(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
+print(f"{args.model or args.init_from} U-Net of "
+      f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
+      f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "
+      f"from step {step}; results in {args.out_dir}", flush=True)
 
 # -----------------------------------------------------------------------------
 # the loop
 
-n_params = sum(p.numel() for p in model.parameters())
-print(f"{args.dataset}: U has {n_U:,} images, {0 if args.algorithm == 'oracle' else args.prior:.4g} of them sensitive ({args.sensitive or 'assumed'}); S has {n_S:,}")
-if args.scores != "none":
-    print(f"{scores_path}: of these, the {args.keep:.4g} of U that score lowest, {len(u):,}, and what scores no higher of S, {len(s):,}")
-print(f"{args.algorithm}, prior {loss_prior:.4g}, correction {args.correction}: {n_u} of U and {n_s} of S a step"
-      + " (too few of S are left to learn from)" * (args.algorithm == "pu" and n_s == 0) + f", in {parts} parts: {world} ranks, {args.grad_accum} rounds each" * (parts > 1))
-print(f"{args.model or args.init_from} U-Net of {n_params / 1e6:.2f} M parameters on {device}, {args.dtype}, "
-      f"{'compiled' if args.compile and loss_fn is not eager else 'not compiled'}; steps {step} to {args.max_steps}; results in {args.out_dir}", flush=True)
-
-def check_finite():
-    """Before every log line, and so that no checkpoint is overwritten with a broken one."""
-    if not sums[0].isfinite() or not all(p.isfinite().all() for p in ema.parameters()):
-        fail(f"the risk or the weights are no longer finite at step {step}: try a lower --lr ({where_it_stands()})")
-
-signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; {where_it_stands()}"))
-
-def gradients(index, mirror, t, eps, whole=None):
-    """Adds up the gradients of this rank's parts of a batch, and by DDP averages them over the ranks.
-    -> the means of loss_fn's figures over these parts"""
-    total = torch.zeros_like(sums)
-    for part in range(rank, parts, world):    # every parts-th image of U, and of S, which are its pairs
-        index_i, mirror_i, t_i, eps_i = (torch.cat([x[part:n_u:parts], x[n_u + part::parts]]) for x in [index, mirror, t, eps])
-        x_0 = images[index_i]
-        if device.type == "cuda" and x_0.is_cpu:
-            x_0 = x_0.pin_memory()
-        x_0 = x_0.to(device, non_blocking=True).float() / 127.5 - 1
-        x_0 = x_0.contiguous(memory_format=torch.channels_last)    # [B / parts, C, H, W] in [-1, 1]
-        if args.hflip:
-            x_0 = torch.where(mirror_i, x_0.flip(3), x_0)
-        net.require_backward_grad_sync = part + world >= parts    # for DDP: only after the last of them
-        risk, figures = loss_fn(x_0, t_i, eps_i.contiguous(memory_format=torch.channels_last), whole)
-        scaler.scale(risk / args.grad_accum).backward()
-        total += figures / args.grad_accum
-    return total
-
-start, mark, first_step = time.time(), time.time(), step
 while step < args.max_steps:
-    # one lr for this step: linear warm-up, then a cosine down to 0
-    progress = max(0, step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    lr = args.lr * min(1, (step + 1) / (args.warmup_steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
     for group in optimizer.param_groups:
-        group["lr"] = lr
-
-    # the whole batch, which all ranks draw alike: image numbers of U and of S, what to mirror, timesteps, noise
-    index = torch.cat([index[torch.randint(max(1, len(index)), (n,), device=index.device)] for index, n in [(u, n_u), (s, n_s)]])
-    mirror = torch.rand(args.batch_size, 1, 1, 1, device=device) < 0.5 if args.hflip else torch.zeros(args.batch_size)
-    # timesteps one golden ratio apart are spread evenly over [0, T), and so are the first few of them
-    t = (diffusion.T * ((torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)) % 1)).long()
-    eps = torch.randn(n_u, channels, size, size, device=device)
-    if n_s:    # image i of S has the timestep and noise of image i of U: the difference of their losses is less noisy
-        t, eps = torch.cat([t, t[:n_s]]), torch.cat([eps, eps[:n_s]])
+        group["lr"] = learning_rate(step)
+    composition = (n_u, n_s)
+    if step < args.pu_start:
+        composition = (args.batch_size, 0)
+    batch = draw_batch(*composition)
 
     if args.grad_accum == 1:
-        figures = gradients(index, mirror, t, eps)
-    else:    # take the difference for positive, and where the whole batch disagrees, do it again
-        figures = gradients(index, mirror, t, eps, plus)
-        if corrects and over_ranks(figures[1] - loss_prior * figures[2]) < 0:
-            optimizer.zero_grad()
-            figures = gradients(index, mirror, t, eps, -plus)
+        means = accumulate_gradients(batch, *composition)
+    else:    # take the difference for positive; where the whole batch disagrees, do it again
+        no = torch.zeros((), dtype=torch.bool, device=device)
+        means = accumulate_gradients(batch, *composition, negative=no)
+        if "corrected" in means and args.correction != "none":
+            if over_ranks(means["loss_u"] - loss_prior * means["loss_s"]) < 0:
+                optimizer.zero_grad()
+                means = accumulate_gradients(batch, *composition, negative=~no)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    with torch.no_grad():    # the average forgets a random start quickly, and is as slow as asked only later
-        decay = args.ema_decay if args.init_from else min(args.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    sums += figures
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - averaging(step))
+    for name, value in means.items():
+        sums[name] = sums.get(name, 0) + value
     counted += 1
     step += 1
 
-    if step % args.log_interval == 0 or step % args.sample_interval == 0 or step == args.max_steps:
-        sums = over_ranks(sums)
+    last = step in (args.pu_start, args.max_steps)    # of one part
+    log_is_due = last or step % args.log_interval == 0
+    save_is_due = last or step % args.sample_interval == 0
+    if log_is_due or save_is_due:
+        sums = {name: over_ranks(value) for name, value in sums.items()}
         check_finite()
-    if step % args.log_interval == 0 or step == args.max_steps:
-        risk, loss_u, loss_s, corrected, *thirds = (sums / counted).tolist()
+    if log_is_due:
+        row = {name: float(value / counted) for name, value in sums.items()}
         speed = counted * args.batch_size / (time.time() - mark)
         elapsed = time.time() - start
         left = elapsed / (step - first_step) * (args.max_steps - step)
-        print(f"step {step}/{args.max_steps}  risk {risk:.3f}  l_U {loss_u:.3f}  " + f"l_S {loss_s:.3f}  corrected {corrected:.0%}  " * (n_s > 0)
-              + f"lr {lr:.2e}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        log.writerow([step, risk, loss_u, loss_s, corrected, lr, round(speed, 1), round(seconds + elapsed, 1), *thirds])
+        of_s = f"l_S {row['loss_s']:.3f}  " if "loss_s" in row else ""
+        print(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  l_U {row['loss_u']:.3f}  "
+              f"{of_s}lr {group['lr']:.2e}  {speed:.0f} images/s  "
+              f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        log.writerow(row | dict(step=step, lr=group["lr"], images_per_second=round(speed, 1),
+                                seconds=round(seconds + elapsed, 1)))
         log_file.flush()
-        sums, counted, mark = torch.zeros_like(sums), 0, time.time()
-    if step % args.sample_interval == 0 or step == args.max_steps:
+        sums, counted, mark = {}, 0, time.time()
+    if save_is_due:
         pause = time.time()
         samples_path = args.out_dir / f"samples_{step:06d}.png"
         if rank == 0:
             save_checkpoint()
             save_samples(samples_path)
         mark += time.time() - pause
+        if step == args.pu_start:
+            print(f"step {step}: U is learned. From here on the PU risk subtracts S; "
+                  f"{samples_path} is what the network would have drawn", flush=True)
 
 # -----------------------------------------------------------------------------
 # where everything is
 
 if step == first_step:
-    print(f"{ckpt_path} is at step {step} already: nothing was left to do; --max_steps goes further")
+    print(f"{ckpt_path} is at step {step} already: --max_steps goes further")
     sys.exit()
-minutes = (time.time() - start) / 60
-print(f"trained for {minutes:.1f} minutes; the checkpoint is {ckpt_path}, the log {log_path}, the last samples {samples_path}")
+print(f"trained for {(time.time() - start) / 60:.1f} minutes; the checkpoint is {ckpt_path}, the "
+      f"log {log_path}, the last samples {samples_path}")
+before_path = args.out_dir / f"samples_{args.pu_start:06d}.png"
+if rank == 0 and args.pu_start and before_path.exists():
+    join_pngs([before_path, samples_path], args.out_dir / "before_after.png")
+    print(f"{args.out_dir / 'before_after.png'}: what it would have drawn, and what it draws now")
 print(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
 if args.dataset != "folder":
     print(f"to judge it: python evaluate.py --ckpt {ckpt_path}")

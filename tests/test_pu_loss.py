@@ -97,7 +97,7 @@ def test_risk_and_gradient_are_finite_for_any_losses(correction):
 
 def test_baselines():
     loss_u, loss_s = torch.tensor([3.0, 5.0, 7.0]), torch.tensor([1.0])
-    assert unsupervised_loss(loss_u, loss_s).item() == pytest.approx(5.0)
+    assert unsupervised_loss(loss_u).item() == pytest.approx(5.0)
     assert supervised_loss(loss_u, loss_s, 1 / 4).item() == pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)
     assert supervised_loss(loss_u, loss_s.repeat(9), 1 / 4).item() == pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)    # however many are drawn
 
@@ -159,17 +159,17 @@ def test_unsupervised_training_reproduces_it():
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("shift", [-3.0, 3.0])
 def test_parts_of_a_batch_average_to_the_whole(correction, shift):
-    """Four parts, of both signs, that are told of which sign the whole is: their mean risk and gradient are the whole's."""
+    """Four parts, of both signs, that know the sign of the whole: the mean of their risks and gradients is the whole's."""
     torch.manual_seed(0)
     theta = torch.tensor([1.5, -0.3], dtype=torch.float64, requires_grad=True)
     u, s = ((torch.randn(16, 2, dtype=torch.float64) @ theta).square() for _ in range(2))
     u = u + 0.5 * s.mean().detach() - u.mean().detach() + 0.1 * shift
     differences = [(a.mean() - 0.5 * b.mean()).item() for a, b in zip(u.split(4), s.split(4))]
     assert min(differences) < 0 < max(differences)
-    whole = (u.mean() - 0.5 * s.mean()).detach()
-    assert (whole < 0) == (shift < 0)
+    negative = u.mean() - 0.5 * s.mean() < 0
+    assert negative == (shift < 0)
     risk = pu_loss(u, s, 0.5, correction)
-    parts = torch.stack([pu_loss(a, b, 0.5, correction, whole) for a, b in zip(u.split(4), s.split(4))]).mean()
+    parts = torch.stack([pu_loss(a, b, 0.5, correction, negative) for a, b in zip(u.split(4), s.split(4))]).mean()
     gradients = [torch.autograd.grad(value, theta, retain_graph=True)[0] for value in (risk, parts)]
     torch.testing.assert_close(parts, risk)
     torch.testing.assert_close(*gradients)

@@ -21,28 +21,94 @@ from images import to_uint8
 
 def read_log(folder):
     with (folder / "log.csv").open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 def test_a_small_run_learns_and_leaves_everything_behind(small_run):
     folder, printed = small_run
-    assert sorted(path.name for path in folder.iterdir()) == ["ckpt.pt", "log.csv", "samples_000020.png", "samples_000030.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "before_after.png", "ckpt.pt", "log.csv",
+        "samples_000015.png", "samples_000020.png", "samples_000030.png"]
     log = read_log(folder)
-    assert [row["step"] for row in log] == [10, 20, 30]
-    assert log[-1]["risk"] < 0.9 * log[0]["risk"] and log[0]["loss_u"] < 900    # 784 or so is the loss of predicting zero
-    assert Image.open(folder / "samples_000030.png").size == (8 * 29 - 1, 8 * 29 - 1)
-    assert "U has 50,000 images, 0.5 of them sensitive (odd); S has 2,500" in printed
-    assert "16 of U and 16 of S a step" in printed
-    for words in ["step 30/30", "risk", "l_U", "l_S", "corrected", "lr", "images/s", "left", f"python sample.py --ckpt {folder}"]:
-        assert words in printed
+    assert [row["step"] for row in log] == [10, 15, 20, 30]
+    assert log[-1]["risk"] < 0.9 * log[0]["risk"]
+    assert log[0]["loss_u"] < 900    # 784 or so is the loss of predicting zero
+    side = 8 * 29 - 1
+    assert Image.open(folder / "samples_000030.png").size == (side, side)
+    with Image.open(folder / "before_after.png") as both:
+        for name, left in [("samples_000015.png", 0), ("samples_000030.png", side + 12)]:
+            with Image.open(folder / name) as one:
+                assert both.crop((left, 0, left + side, side)).tobytes() == one.tobytes()
     ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
     assert ckpt["step"] == 30 and ckpt["args"]["prior"] == 0.5 and ckpt["config"]["patch"] == 2
     assert any((ckpt["model"][k] != ckpt["ema"][k]).any() for k in ckpt["model"])
 
 
-def test_learning_rate_warms_up_then_falls_as_a_cosine(small_run):
-    for row in read_log(small_run[0]):    # 5 steps of warm-up, 30 in all; the row's last step is number step - 1
-        assert row["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1 - 5) / 25)))
+def test_a_run_says_what_it_minimises(small_run):
+    lines = small_run[1].splitlines()
+    assert "U has 50,000 images, a fraction of 0.5 sensitive (odd); S has 2,500" in lines[0]
+    assert lines[1] == ("steps 1 to 15 minimise the ordinary diffusion loss, E_U[l], on 32 images "
+                        "of U a step")
+    assert lines[2] == ("steps 16 to 30 minimise the PU risk, 0.5 E_S[-log(1 - exp(-l))] + "
+                        "|E_U[l] - 0.5 E_S[l]|, on 16 images of U and 16 of S a step")
+    assert "step 15: U is learned. From here on the PU risk subtracts S" in small_run[1]
+    for words in ["step 30/30", "risk", "l_U", "l_S", "lr", "images/s", "left", "before_after.png",
+                  f"python sample.py --ckpt {small_run[0]}"]:
+        assert words in small_run[1]
+
+
+def test_the_log_of_both_parts(small_run):
+    """What was not computed has no figure, and none is nan."""
+    for row in read_log(small_run[0]):
+        assert not any(math.isnan(value) for value in row.values())
+        of_s = {name for name in row if name.startswith("loss_s") or name == "corrected"}
+        assert len(of_s) == (0 if row["step"] <= 15 else 5)
+        if row["step"] <= 15:
+            assert row["risk"] == row["loss_u"]
+        else:    # sensitive images cost nothing once their loss is large
+            expected = row["loss_u"] - 0.5 * row["loss_s"]
+            assert row["risk"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_rate(small_run, tmp_path):
+    """Warm-up, constant while U is learned, then a cosine from half of it down to 0; without a
+    first part, a cosine at once. A row has the rate of its last step, number step - 1."""
+    for row in read_log(small_run[0]):
+        lr = 2e-3
+        if row["step"] > 15:
+            lr = 1e-3 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1 - 15) / 15))
+        assert row["lr"] == pytest.approx(lr)
+    run("train.py", *SMALL, "--max_steps", 21, "--log_interval", 1, "--out_dir", tmp_path / "run")
+    for row in read_log(tmp_path / "run"):
+        step = row["step"] - 1
+        lr = 2e-3 * min(1, row["step"] / 6)
+        lr *= 0.5 * (1 + math.cos(math.pi * max(0, step - 5) / 16))
+        assert row["lr"] == pytest.approx(lr)
+
+
+def test_both_parts_step_by_step_by_hand(tmp_path, monkeypatch):
+    """A step on E_U[l] and one on the PU risk, by AdamW, from the weights of the seed."""
+    flags = ["--pu_start", 1, "--max_steps", 2, "--warmup_steps", 0, "--ema_decay", 0,
+             "--grad_clip", "inf", "--lr", "1e-3", "--pu_lr", "1e-3", "--out_dir", tmp_path / "run"]
+    first, second = overhear(monkeypatch, *flags)
+    assert [len(x_0) for x_0, _, _ in (first, second)] == [32, 32]
+
+    torch.manual_seed(0)
+    model = unet.UNet(unet.preset("tiny", 1, 28)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    process = diffusion.GaussianDiffusion(1000, "lognormal", "v")
+    process.per_image_loss(model, *first).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_u, loss_s = process.per_image_loss(model, *second).split(16)
+    sensitive = -0.5 * torch.log(1 - torch.exp(-loss_s)).mean()
+    (sensitive + (loss_u.mean() - 0.5 * loss_s.mean()).abs()).backward()
+    optimizer.step()
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(ckpt["model"][name], weight, rtol=0, atol=1e-4)
+    assert same(ckpt["model"], ckpt["ema"])    # a decay of 0 averages nothing
 
 
 def overhear(monkeypatch, *flags):
@@ -61,7 +127,7 @@ def overhear(monkeypatch, *flags):
 
 def test_what_the_loss_is_shown(tmp_path, monkeypatch):
     """U is mixed, S is sensitive, and the two are paired."""
-    shown = overhear(monkeypatch, "--batch_size", 100, "--sensitive_share", "0.4", "--max_steps", 4, "--out_dir", tmp_path / "run")
+    shown = overhear(monkeypatch, "--batch_size", 100, "--max_steps", 4, "--out_dir", tmp_path / "run")
     mnist = data.load("mnist")
     label = {image.numpy().tobytes(): int(y) for image, y in zip(mnist.train, mnist.train_labels)}
     u, s, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 50000, 2500, seed=0)
@@ -80,14 +146,16 @@ def test_what_the_loss_is_shown(tmp_path, monkeypatch):
     assert not torch.equal(shown[0][2], shown[1][2]) and not torch.equal(shown[0][1], shown[1][1])
 
 
-def test_the_push_limit_is_relative_to_the_paired_image(tmp_path):
-    """16 of U and their 16 pairs of S: where all of S is above the limit, it counts for a tenth of U, and moves nothing."""
-    run("train.py", *SMALL, "--push_limit", "0.1", "--max_steps", 3, "--log_interval", 1, "--out_dir", tmp_path / "run")
-    for row in read_log(tmp_path / "run"):
-        assert row["loss_s"] == pytest.approx(0.1 * row["loss_u"], rel=1e-5)
-        assert row["risk"] == pytest.approx(row["loss_u"] - 0.5 * row["loss_s"], rel=1e-5)
-    run("train.py", *SMALL, "--push_limit", "0.2", "--max_steps", 3, "--out_dir", tmp_path / "other")
-    assert same(*(torch.load(tmp_path / name / "ckpt.pt")["model"] for name in ["run", "other"]))
+def test_the_first_part_draws_whole_batches_of_u(tmp_path, monkeypatch):
+    shown = overhear(monkeypatch, "--batch_size", 48, "--pu_start", 2, "--max_steps", 4,
+                     "--out_dir", tmp_path / "run")
+    mnist = data.load("mnist")
+    _, s, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 50000, 2500, seed=0)
+    S = {image.numpy().tobytes() for image in mnist.train[s]}
+    for (x_0, t, eps), n_s in zip(shown, [0, 0, 16, 16], strict=True):
+        of_s = [image.contiguous().numpy().tobytes() in S for image in to_uint8(x_0)]
+        assert of_s == [False] * (48 - n_s) + [True] * n_s
+        assert len(set(eps.flatten(1).sum(1).tolist())) == 48 - n_s    # pairs share their noise
 
 
 def test_the_oracle_is_shown_nothing_but_the_normal_images_of_u(tmp_path, monkeypatch):
@@ -154,8 +222,9 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtype):
-    """Ctrl-C somewhere after the checkpoint at step 15, which lies between two log lines."""
-    flags = [*SMALL, "--dtype", dtype, "--max_steps", 30, "--log_interval", 12, "--sample_interval", 15]
+    """Ctrl-C after the checkpoint at step 15, which lies between two log lines, and before the PU
+    risk begins at step 18."""
+    flags = [*SMALL, "--dtype", dtype, "--pu_start", "0.6", "--max_steps", 30, "--log_interval", 12, "--sample_interval", 15]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run("train.py", *flags, "--out_dir", whole)
 
@@ -168,34 +237,36 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtyp
     assert process.returncode == 1 and "interrupted at step" in error and "Traceback" not in error
     assert torch.load(broken / "ckpt.pt")["step"] == 15
     resumed = run("train.py", "--out_dir", broken, "--resume")
-    assert "steps 15 to 30" in resumed.stdout
+    assert "from step 15;" in resumed.stdout and "step 18: U is learned" in resumed.stdout
 
     a, b = (torch.load(folder / "ckpt.pt") for folder in (whole, broken))
     for key in ["model", "ema", "optimizer", "scaler", "config", "step", "rng"]:
         assert same(a[key], b[key]), key
     for row_a, row_b in zip(read_log(whole), read_log(broken), strict=True):
-        for name in ["step", "risk", "loss_u", "loss_s", "corrected", "lr"]:
-            assert row_a[name] == row_b[name]
-    assert (whole / "samples_000030.png").read_bytes() == (broken / "samples_000030.png").read_bytes()
+        for timed in ["images_per_second", "seconds"]:
+            del row_a[timed], row_b[timed]
+        assert row_a == row_b
+    for name in ["samples_000030.png", "before_after.png"]:
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
 def whole_batches(small_run, tmp_path_factory):
     """Runs of one process, one round a step, whose difference is sometimes negative -> by correction: flags, folder"""
     runs = {}
-    for correction in ["abs", "nn"]:
+    for correction in ["abs", "nn"]:    # the PU risk begins at step 1
         folder = tmp_path_factory.mktemp("whole") / "run"
         flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction, "--sensitive", "even", "--loss_prior", 0.99, "--lr", 1e-4,
-                 "--warmup_steps", 2, "--max_steps", 5, "--log_interval", 1]
+                 "--warmup_steps", 2, "--pu_start", 1, "--pu_lr", 1e-4, "--max_steps", 5, "--log_interval", 1]
         run("train.py", *flags, "--out_dir", folder)
-        assert {row["corrected"] for row in read_log(folder)} == {0, 1}
+        assert {row["corrected"] for row in read_log(folder)[1:]} == {0, 1}
         runs[correction] = flags, folder
     return runs
 
 
 def assert_same_path(folder_a, folder_b):
     for row_a, row_b in zip(read_log(folder_a), read_log(folder_b), strict=True):
-        for name in ["risk", "loss_u", "loss_s", "corrected"]:
+        for name in row_a.keys() & {"risk", "loss_u", "loss_s", "corrected"}:
             assert row_a[name] == pytest.approx(row_b[name], rel=1e-4, abs=1e-3), name
     a, b = (torch.load(folder / "ckpt.pt") for folder in (folder_a, folder_b))
     for weights in ["model", "ema"]:
@@ -207,7 +278,7 @@ def assert_same_path(folder_a, folder_b):
 def test_two_ranks_follow_the_path_of_one(whole_batches, tmp_path, correction, rounds):
     flags, folder = whole_batches[correction]
     printed = torchrun("train.py", *flags, "--grad_accum", rounds, "--out_dir", tmp_path / "run")
-    assert f"in {2 * rounds} parts: 2 ranks, {rounds} rounds each" in printed and printed.count("step 5/5") == 1
+    assert f"each step in {2 * rounds} micro-batches: 2 ranks, {rounds} each" in printed and printed.count("step 5/5") == 1
     assert_same_path(folder, tmp_path / "run")
 
 
@@ -243,9 +314,9 @@ def test_without_a_compiler_it_goes_on_and_says_why(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("algorithm, flags, counts, share", [
-    ("unsupervised", [], "64 of U and 0 of S", 0),
-    ("supervised", [], "61 of U and 3 of S", 2500 / 52500),
-    ("supervised", ["--n_labeled", 100, "--grad_clip", "inf"], "63 of U and 1 of S", 100 / 50100),    # one at least
+    ("unsupervised", [], "E_U[l], on 64 images of U", 0),
+    ("supervised", [], "61 images of U and 3 of S", 2500 / 52500),
+    ("supervised", ["--n_labeled", 100, "--grad_clip", "inf"], "63 images of U and 1 of S", 100 / 50100),    # one at least
 ])
 def test_baselines_run(tmp_path, algorithm, flags, counts, share):
     result = run("train.py", *SMALL, "--algorithm", algorithm, *flags, "--batch_size", 64, "--max_steps", 3, "--log_interval", 1,
@@ -291,21 +362,23 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
     (["--n_unlabeled", "60000"], "use n_unlabeled of at most"),
     (["--n_labeled", "40000"], "n_labeled = 40,000 is not possible"),
     (["--model", "huge"], "--model: invalid choice: 'huge' (choose from"),
-    (["--lr", "0"], "--lr must be a positive number"),
+    (["--lr", "0"], "--lr: 0 is not a positive number"),
     (["--dataset", "folder", "--algorithm", "oracle"], "--algorithm oracle needs the labels of U"),
     (["--max_steps", "0"], "--max_steps: 0 is not a positive whole number"),
-    (["--push_limit", "0"], "--push_limit must be a positive number, or inf"),
-    (["--sensitive_share", "0.9"], "--sensitive_share 0.9 is above 0.5"),
+    (["--pu_start", "-1"], "--pu_start: -1 is neither a step nor a share of the steps"),
+    (["--pu_start", "2.5"], "--pu_start: 2.5 is neither a step nor a share of the steps"),
+    (["--pu_start", "9", "--max_steps", "9"], "--pu_start 9 leaves no step for the PU risk"),
+    (["--keep", "0.4"], "--keep needs --scores"),
     (["--batch_size", "1"], "--batch_size 1 leaves no room"),
-    (["--batch_size", "30", "--grad_accum", "4"], "a batch of 15 images of U and 15 of S cannot be divided evenly among 1 ranks with 4 rounds each"),
-    (["--grad_clip", "0"], "--grad_clip must be a positive number, or inf"),
+    (["--batch_size", "30", "--grad_accum", "4"], "15 images cannot be divided evenly among 1 ranks with 4 micro-batches each"),
+    (["--grad_clip", "0"], "--grad_clip: 0 is not a positive number, or inf"),
     (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 does not fit in 64 bits"),
     (["--device", "banana"], "--device banana is not to be had here"),
     pytest.param(["--device", "cuda"], "--device cuda is not to be had here",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
 ])
 def test_a_bad_command_line_is_refused(tmp_path, flags, words):
-    refused(2, words, "train.py", "--scores", "none", *flags, "--out_dir", tmp_path / "run")
+    refused(2, words, "train.py", *flags, "--out_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -341,17 +414,75 @@ def test_a_run_is_neither_overwritten_nor_bent(small_run):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_checkpoint_from_before_a_flag_existed_has_its_default(small_run, tmp_path):
-    shutil.copytree(small_run[0], tmp_path / "run")
-    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
-    del ckpt["args"]["keep"], ckpt["args"]["scores"], ckpt["args"]["grad_accum"]
-    torch.save(ckpt, tmp_path / "run" / "ckpt.pt")
-    refused(2, "--scores cannot change on --resume: the run in", "train.py", "--scores", "some.pt", "--out_dir", tmp_path / "run", "--resume")
-    assert "step 31/31" in run("train.py", "--max_steps", 31, "--out_dir", tmp_path / "run", "--resume").stdout
-
-
 def test_resuming_from_nothing_or_from_garbage(tmp_path):
     refused(1, "ckpt.pt does not exist", "train.py", "--out_dir", tmp_path, "--resume")
     (tmp_path / "ckpt.pt").write_text("garbage")
     refused(1, "ckpt.pt is not a checkpoint of train.py", "train.py", "--out_dir", tmp_path, "--resume")
     assert (tmp_path / "ckpt.pt").read_text() == "garbage"
+
+
+# -----------------------------------------------------------------------------
+# the recipe of the paper, and what fills in for flags that were not given
+
+@pytest.mark.parametrize("flags, epochs", [([], 100), (["--init_from", "start/ckpt.pt"], 20)])
+def test_the_recipe_of_the_paper(tmp_path, monkeypatch, flags, epochs):
+    """Section 5 of the paper, with a smaller network: 40 images of U in batches of 16."""
+    mini = dict(channels=(8, 16), groups=4, blocks=1, attention=(), patch=2)
+    monkeypatch.setitem(unet.PRESETS, "paper", mini)
+    common = ["--n_unlabeled", 40, "--n_labeled", 20, "--batch_size", 16, "--device", "cpu"]
+    if flags:
+        run("train.py", *common, "--recipe", "paper", "--max_steps", 1, "--out_dir", "start",
+            cwd=tmp_path)
+    printed = run("train.py", *common, "--prior", "1/11", "--recipe", "paper", *flags,
+                  cwd=tmp_path).stdout
+    folder = "mnist-pu-0.09091-recipe" + "-init_from" * bool(flags)
+    args = torch.load(tmp_path / "out" / folder / "ckpt.pt")["args"]
+    expected = dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, pu_start=0,
+                    max_steps=math.ceil(epochs * 40 / 16), correction="abs", grad_clip=1.0)
+    assert {name: args[name] for name in expected} == expected
+    assert f"steps 1 to {expected['max_steps']} minimise the PU risk" in printed
+    assert args["model"] == (None if flags else "paper")
+
+
+def test_what_a_recipe_says_can_be_overruled(tmp_path, monkeypatch):
+    mini = dict(channels=(8, 16), groups=4, blocks=1, attention=(), patch=2)
+    monkeypatch.setitem(unet.PRESETS, "paper", mini)
+    run("train.py", "--recipe", "paper", "--batch_size", 16, "--max_steps", 2, "--lr", "1e-3",
+        "--device", "cpu", "--out_dir", tmp_path / "run")
+    args = torch.load(tmp_path / "run" / "ckpt.pt")["args"]
+    assert (args["model"], args["lr"], args["max_steps"]) == ("paper", 1e-3, 2)
+
+
+def test_the_data_sets_of_the_paper_have_its_numbers():
+    """Batch sizes and sizes of U and S, of section 5."""
+    for name, batch_size, n_normal, n_labeled in [
+            ("mnist", 128, 25000, 2500), ("cifar10", 128, 20000, 2000), ("stl10", 32, 2000, 200),
+            ("celeba", 16, 2000, 200)]:
+        entry = data.DATASETS[name]
+        assert (entry["batch_size"], entry["n_normal"], entry["n_labeled"]) == (
+            batch_size, n_normal, n_labeled)
+    paper = unet.PRESETS["paper"]
+    assert paper["channels"] == (128, 128, 256, 512) and paper["attention"] == (2,)
+
+
+def test_a_short_fine_tuning_samples_from_what_it_learned(small_run, tmp_path):
+    """20 epochs of a small U end within the 500 steps of warm-up; the average must follow."""
+    before = torch.load(small_run[0] / "ckpt.pt")["ema"]
+    run("train.py", "--init_from", small_run[0] / "ckpt.pt", "--n_unlabeled", 40, "--n_labeled", 20,
+        "--batch_size", 16, "--device", "cpu", "--dtype", "float32", "--out_dir", tmp_path / "run")
+    after = torch.load(tmp_path / "run" / "ckpt.pt")
+    assert after["step"] == 50
+    change = {key: sum((after[key][name] - before[name]).square().sum() for name in before) ** 0.5
+              for key in ["model", "ema"]}
+    assert change["ema"] > 0.5 * change["model"]
+    log = read_log(tmp_path / "run")
+    assert log[-1]["lr"] < 0.01 * 1e-4    # the cosine has come to its end
+
+
+def test_runs_of_different_kinds_have_different_folders(small_run, tmp_path):
+    flags = [*SMALL, "--max_steps", 1]
+    run("train.py", *flags, cwd=tmp_path)
+    run("train.py", *flags, "--init_from", small_run[0] / "ckpt.pt", cwd=tmp_path)
+    run("train.py", *flags, "--algorithm", "supervised", cwd=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "mnist-pu-0.5", "mnist-pu-0.5-init_from", "mnist-supervised-0.5"]
