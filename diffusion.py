@@ -23,8 +23,8 @@ SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # and the default eta of 
 def betas(schedule: str, T: int) -> torch.Tensor:
     """The variance of the noise that each timestep adds -> [T] in (0, 1), float64.
     "linear": from 1e-4 to 0.02 (DDPM, section 4). "cosine": alpha_bar is the square of a cosine
-    (Nichol & Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2), as EDM (table 1) but noisier.
-    Raises ValueError for another schedule."""
+    (Nichol & Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2), noisier than EDM's N(1, 2.4^2)
+    (table 1). Raises ValueError for another schedule."""
     t = torch.arange(T + 1, dtype=torch.float64)
     if schedule == "linear":
         return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -45,7 +45,8 @@ class GaussianDiffusion(nn.Module):
     def __init__(self, T: int = 1000, schedule: str = "linear", prediction: str = "eps"):
         """prediction: what the network outputs, "eps" or "v", which is
         sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, section 4). Where x_t is
-        nearly all noise, v is nearly -x_0, and eps nearly x_t, which must be copied precisely.
+        nearly all noise, v is about -x_0, but eps is about x_t: to be right about x_0, a network
+        for eps must copy its input very precisely.
         Raises ValueError for another prediction, or for a schedule that `betas` does not know."""
         super().__init__()
         if prediction not in ("eps", "v"):
@@ -53,7 +54,6 @@ class GaussianDiffusion(nn.Module):
         self.T, self.schedule, self.prediction = T, schedule, prediction
         alpha_bar = (1 - betas(schedule, T)).cumprod(0)
         self.alpha_bar = alpha_bar.tolist()    # float64, for the sampler
-        # sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), the shares of image and noise in x_t
         self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)
 
@@ -71,8 +71,8 @@ class GaussianDiffusion(nn.Module):
         """l(x_0) = ||eps - model(x_t, t)||^2, the sum over pixels: one sample of the simplified
         negative ELBO (DDPM, eq. 14, which has the mean over images). For networks that predict v,
         ||v - model(x_t, t)||^2, which is the same divided by alpha_bar_t.
-        x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast. t [B] and eps, like x_0, are
-        drawn uniformly and from N(0, I) where they are not given."""
+        x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast. Where they are not given,
+        t [B] is drawn uniformly from [0, T), and eps, like x_0, from N(0, I)."""
         if t is None:
             t = torch.randint(self.T, (len(x_0),), device=x_0.device)
         if eps is None:
@@ -86,8 +86,8 @@ class GaussianDiffusion(nn.Module):
 
     def timesteps(self, steps: int, spacing: str) -> list:
         """The timesteps that a sampler visits: T-1, ..., -1, where -1 stands for the clean image.
-        spacing: "uniform" in t (DDIM), or "log_snr", uniform in log(signal / noise)
-        (DPM-Solver, arXiv:2206.00927, section 3.4), as far as no timestep comes twice."""
+        spacing: "uniform" in t (DDIM), or "log_snr", uniform in log(signal / noise) as far as no
+        timestep comes twice (DPM-Solver, arXiv:2206.00927, section 3.4)."""
         if spacing == "uniform":
             return [round(self.T * (1 - i / steps)) - 1 for i in range(steps + 1)]
         log_snr = (self.signal / self.noise).log().cpu()
@@ -136,8 +136,8 @@ class GaussianDiffusion(nn.Module):
             x_0 = x_0.clamp(-1, 1)
 
             if sampler == "dpm++" and t_next >= 0:    # the last step is of first order
-                odds = alpha_bar_next * (1 - alpha_bar_t) / ((1 - alpha_bar_next) * alpha_bar_t)
-                h = 0.5 * math.log(odds)    # the step in log(signal / noise)
+                ratio = alpha_bar_next * (1 - alpha_bar_t) / ((1 - alpha_bar_next) * alpha_bar_t)
+                h = 0.5 * math.log(ratio)    # the step in log(signal / noise)
                 predicted = x_0
                 if last_x_0 is not None:
                     x_0 = predicted + h / (2 * last_h) * (predicted - last_x_0)

@@ -24,23 +24,23 @@ from unet import UNet, UNetConfig, check
 HUB = "https://huggingface.co"
 WEIGHTS = "diffusion_pytorch_model"
 
-# config.json: the fields that UNetConfig has too, by our names -> theirs
+# The fields of config.json that UNetConfig has as well: our names -> theirs.
 FIELDS = {
     "image_size": "sample_size", "image_channels": "in_channels", "channels": "block_out_channels",
     "blocks": "layers_per_block", "head_dim": "attention_head_dim", "groups": "norm_num_groups",
     "dropout": "dropout", "norm_eps": "norm_eps", "downsample_padding": "downsample_padding",
     "flip_sin_to_cos": "flip_sin_to_cos", "freq_shift": "freq_shift",
 }
-# and those for which our U-Net has one value only
+# The fields for which our U-Net has one value only.
 FIXED = {
     "_class_name": "UNet2DModel", "act_fn": "silu", "add_attention": True,
     "time_embedding_type": "positional", "time_embedding_dim": None, "center_input_sample": False,
     "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1, "attn_norm_num_groups": None,
     "resnet_time_scale_shift": "default", "downsample_type": "conv", "upsample_type": "conv",
 }
-BLOCKS = ["down_block_types", "up_block_types", "out_channels"]    # follow from the others
+DERIVED = ["down_block_types", "up_block_types", "out_channels"]    # these follow from the others
 
-# scheduler_config.json: likewise, and their names of two values -> ours
+# The same for scheduler_config.json, and the values that have other names: theirs -> ours.
 FIXED_SCHEDULER = {
     "num_train_timesteps": 1000, "trained_betas": None, "beta_start": 1e-4, "beta_end": 0.02,
     "rescale_betas_zero_snr": False, "thresholding": False,
@@ -78,13 +78,13 @@ def diffusers_names(name: str) -> list:
 
 
 def describe(config: UNetConfig) -> dict:
-    """-> the config.json of a network"""
-    fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    fields |= {"out_channels": config.image_channels, "attention_head_dim": config.head_dim or None}
-    kinds = ["AttnDownBlock2D" if i in config.attention else "DownBlock2D"
-             for i in range(len(config.channels))]
-    up_kinds = [kind.replace("Down", "Up") for kind in reversed(kinds)]
-    return FIXED | fields | {"down_block_types": kinds, "up_block_types": up_kinds}
+    """-> the fields of the config.json that describes a network"""
+    fields = FIXED | {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    levels = range(len(config.channels))
+    down = ["AttnDownBlock2D" if i in config.attention else "DownBlock2D" for i in levels]
+    up = [kind.replace("Down", "Up") for kind in reversed(down)]
+    derived = {"out_channels": config.image_channels, "attention_head_dim": config.head_dim or None}
+    return fields | derived | {"down_block_types": down, "up_block_types": up}
 
 
 # -----------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def describe(config: UNetConfig) -> dict:
 
 def load_checkpoint(ckpt: dict) -> tuple:
     """A checkpoint (see runtime.read_checkpoint) -> its network with the averaged weights, ready
-    to sample, and its diffusion. Raises OSError where unet.py has changed and cannot hold it."""
+    to sample, and its diffusion. Raises OSError where the network is not one of today's unet.py."""
     try:
         model = UNet(UNetConfig(**ckpt["config"]))
         model.load_state_dict(ckpt["ema"])
@@ -150,7 +150,7 @@ def fetch_pretrained(name: str, data_dir: Path) -> Path:
             folder.rmdir()
         raise OSError(f"{name} is neither a folder here nor a model on the hub: {error}") from None
     get("scheduler_config.json", "scheduler")
-    read_config(folder / "config.json")    # may refuse, before gigabytes are fetched
+    read_config(folder / "config.json")    # fails early: the weights are gigabytes
     read_diffusion(folder / "scheduler_config.json")
     if not (folder / f"{WEIGHTS}.safetensors").exists():
         try:
@@ -171,8 +171,9 @@ def read_json(path: Path) -> dict:
 
 def require(path: Path, fields: dict, name: str, allowed):
     """Raises OSError where a field of the JSON file at path has none of the allowed values."""
-    if fields[name] not in list(allowed):
-        raise OSError(f"{path}: {name} = {json.dumps(fields[name])} is not supported here")
+    value = fields.get(name)
+    if value not in list(allowed):
+        raise OSError(f"{path}: {name} = {json.dumps(value)} is not supported here")
 
 
 def read_diffusion(path: Path) -> GaussianDiffusion:
@@ -191,12 +192,12 @@ def read_diffusion(path: Path) -> GaussianDiffusion:
 
 def read_config(path: Path) -> UNetConfig:
     """Reads a config.json."""
-    fields = {"dropout": 0.0} | read_json(path)    # which models on the hub lack
+    fields = {"dropout": 0.0} | read_json(path)    # some models on the hub have no dropout
     for name in fields:
         if name in FIXED:
             require(path, fields, name, [FIXED[name]])
-        elif name not in [*FIELDS.values(), *BLOCKS] and not name.startswith("_"):
-            require(path, fields, name, [None, False])    # unknown, and switched off
+        elif name not in [*FIELDS.values(), *DERIVED] and not name.startswith("_"):
+            require(path, fields, name, [None, False])    # unknown here, so it must be off
     try:
         config = UNetConfig(**{ours: fields[theirs] for ours, theirs in FIELDS.items()})
         config.channels, config.head_dim = tuple(config.channels), config.head_dim or 0
@@ -209,7 +210,7 @@ def read_config(path: Path) -> UNetConfig:
         raise OSError(f"{path} lacks {error}") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as error:
         raise OSError(f"{path} makes no sense: {error}") from None
-    for name in BLOCKS:
+    for name in DERIVED:
         require(path, fields, name, [describe(config)[name]])
     return config
 

@@ -21,7 +21,7 @@ from einops import rearrange
 class UNetConfig:
     image_channels: int = 3
     image_size: int = 32                     # height and width in pixels
-    channels: tuple = (128, 128, 256, 512)   # of each level; a level halves the size of the last
+    channels: tuple = (128, 128, 256, 512)   # one number a level; each new level halves H and W
     blocks: int = 2                          # residual blocks a level, and one more on the way up
     attention: tuple = (2,)                  # the levels with self-attention, counted from 0
     head_dim: int = 0                        # channels of an attention head; 0: a single head
@@ -32,8 +32,8 @@ class UNetConfig:
     # DDPM's choices. Models in the diffusers format may have others.
     norm_eps: float = 1e-6                   # added to the variance by GroupNorm
     downsample_padding: int = 0              # of strided convolutions; 0: right and below only
-    flip_sin_to_cos: bool = False            # in the time embedding, cosines come first
-    freq_shift: int = 1                      # of the time embedding, see timestep_embedding
+    flip_sin_to_cos: bool = False            # see timestep_embedding
+    freq_shift: int = 1                      # see timestep_embedding
 
 
 PRESETS = {
@@ -211,7 +211,7 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(c, c_image, 3, padding=1))
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t [B, C, H, W], t [B] in [0, T) -> what the network was trained for, like x_t."""
+        """x_t [B, C, H, W], t [B] in [0, T) -> eps or v, as the network was trained, like x_t."""
         config, pad, patch = self.config, self.config.pad, self.config.patch
         emb = timestep_embedding(t, config.channels[0], config.freq_shift, config.flip_sin_to_cos)
         emb = F.silu(self.time(emb))                    # [B, 4 * channels[0]]

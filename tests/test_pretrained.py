@@ -206,7 +206,7 @@ def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
     ("config.json", {"out_channels": 2}, "out_channels = 2 is not"),
     ("config.json", {"sample_size": [28, 32]}, r"sample_size = \[28, 32\] is not"),
     ("config.json", {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, r"up_block_types = \["),
-    ("config.json", {"norm_num_groups": 3}, "makes no sense: groups = 3 does not divide 8 channels"),
+    ("config.json", {"norm_num_groups": 3}, "no sense: groups = 3 does not divide 8 channels"),
     ("config.json", {"block_out_channels": [8, 32]}, "not fit its config.json: size mismatch for"),
     ("config.json", {"block_out_channels": 8}, "config.json makes no sense"),
     ("config.json", {"down_block_types": [3, 4]}, "config.json makes no sense"),
@@ -230,7 +230,8 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
     copy = changed(folder, tmp_path)
     weights = copy / "diffusion_pytorch_model.bin"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    refused(1, f"{weights} is damaged", "train.py", "--init_from", copy, "--out_dir", tmp_path / "run")
+    refused(1, f"{weights} is damaged",
+            "train.py", "--init_from", copy, "--out_dir", tmp_path / "run")
     weights.unlink()
     with pytest.raises(OSError, match="has neither diffusion_pytorch_model.bin nor"):
         load_pretrained(copy)
@@ -287,7 +288,7 @@ def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
             "train.py", "--init_from", start, "--schedule", "cosine")
     wide = UNet(UNetConfig(3, 32, channels=(8, 16), blocks=1, attention=(), groups=4))
     save_pretrained(wide, GaussianDiffusion(), tmp_path / "wide")
-    with pytest.raises(ValueError, match="'lognormal' as its beta_schedule: only for linear, cosine"):
+    with pytest.raises(ValueError, match="'lognormal' as its beta_schedule: only for linear, cos"):
         save_pretrained(wide, GaussianDiffusion(1000, "lognormal"), tmp_path / "no")
     refused(2, "is for 32x32 images of 3 channels, mnist has 28x28 of 1",
             "train.py", "--init_from", tmp_path / "wide", "--out_dir", tmp_path / "no")
