@@ -116,7 +116,7 @@ def device_flags(parser: argparse.ArgumentParser):
     """Adds --device and --dtype, for find_device and default_dtype."""
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="of the forward pass (default: what is fast on the device)")
+                        help="of the forward pass (default: what is fast here)")
 
 
 def default_dtype(device: torch.device) -> str:
