@@ -1,255 +1,252 @@
 """
-How fast is it? Images a second in training and in sampling, and how much of what the machine can do that is.
+How fast is it? Images a second in training and in sampling, against what the machine could do.
 
-    python bench.py                                                      # the small network on digits
-    python bench.py --model paper --image_size 32 --channels 3           # the paper's, for a GPU
-    python bench.py --model paper --image_size 32 --channels 3 --against diffusers    # beside what one would use instead
+    python bench.py                                                # the small network on digits
+    python bench.py --model paper --image_size 32 --channels 3     # the paper's network, for a GPU
+    python bench.py --against diffusers                            # beside another library
 
-Steps are those of train.py: half of the batch from U and half from S, augmentation left out. --against diffusers
-(pip install diffusers) trains and samples with that library's U-Net of the same architecture, batch and precision in the
-loop its users write: a DataLoader, float conversion on the host, no compilation. What its U-Net cannot be, as the small
-network with its folded pixels, is set against one that is commonly trained on MNIST: channels (32, 64, 64), padded to
-32x32. All contenders take turns, so that a noisy machine is noisy for all. The last line printed is JSON.
+A training step is that of train.py at prior 0.5, without augmentation. --against diffusers (pip
+install diffusers) also times that library's U-Net of the same architecture, batch and precision in
+the loop that its users write: a DataLoader, float conversion on the host, nothing compiled. It has
+no network like `tiny`, which folds pixels into channels; there it gets one that is common on MNIST,
+with channels (32, 64, 64) and images padded to 32x32. The last line printed is JSON.
 """
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 import time
-from dataclasses import replace
+from itertools import chain, repeat
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import GaussianDiffusion
 from pretrained import describe
 from pu_loss import pu_loss
-from runtime import compiled, default_dtype, device_flags, find_device, positive, ranks
+from runtime import compiled, default_dtype, device_flags, exit_status, find_device, positive, ranks
 from unet import PRESETS, UNet, preset
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 usage="python bench.py [--flag value ...]")
-flag = parser.add_argument
-flag("--model", default="tiny", choices=list(PRESETS), help="(default: tiny)")
-flag("--image_size", type=positive, default=28, help="pixels (default: 28)")
-flag("--channels", type=int, default=1, choices=[1, 3], help="grey or colour (default: 1)")
-flag("--batch_size", type=positive, default=128, help="images a step, at least 2 (default: 128)")
-flag("--steps", type=positive, default=20, help="network evaluations a sample, by dpm++ (default: 20)")
-flag("--repeats", type=positive, default=9, help="turns that every contender gets, of which the median counts (default: 9)")
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    usage="python bench.py [--flag value ...]")
+parser.add_argument("--model", default="tiny", choices=list(PRESETS), help="(default: tiny)")
+parser.add_argument("--image_size", type=positive, default=28, help="pixels (default: 28)")
+parser.add_argument("--channels", type=int, default=1, choices=[1, 3], help="(default: 1)")
+parser.add_argument("--batch_size", type=positive, default=128, help="images (default: 128)")
+parser.add_argument("--steps", type=positive, default=20, help="of the sampler (default: 20)")
+parser.add_argument("--repeats", type=positive, default=9, help="rounds of timing (default: 9)")
 device_flags(parser)
-flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
-flag("--against", choices=["diffusers"], help="also measure the loop that one would write with this library")
+parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: on cuda)")
+parser.add_argument("--against", choices=["diffusers"], help="also time this library")
 args = parser.parse_args()
-if args.batch_size < 2:
-    parser.error("--batch_size must be at least 2: an image of U and one of S")
-if args.steps > 1000:
-    parser.error(f"--steps {args.steps} is more than the 1000 timesteps of the diffusion")
-try:
+with exit_status(parser):
+    if args.batch_size < 2:
+        raise ValueError("--batch_size must be at least 2: an image of U and one of S")
+    if args.steps > 1000:
+        raise ValueError(f"--steps {args.steps} is more than the 1000 timesteps of the diffusion")
     device = find_device(args.device)
-    model = UNet(preset(args.model, args.channels, args.image_size)).to(device, memory_format=torch.channels_last)
-except ValueError as e:
-    parser.error(e)
-if ranks()[1] > 1:
-    parser.error("bench.py is one process, not for torchrun")
-if args.against:
-    try:
-        from diffusers import DPMSolverMultistepScheduler, UNet2DModel
-        from diffusers.training_utils import EMAModel
-    except ImportError:
-        sys.exit("bench.py: error: --against diffusers needs that library: pip install diffusers")
-cuda = device.type == "cuda"
-args.dtype = args.dtype or default_dtype(device)
-args.compile = cuda if args.compile is None else args.compile
-if cuda:
+    if ranks()[1] > 1:
+        raise ValueError("bench.py is one process, not for torchrun")
+    config = preset(args.model, args.channels, args.image_size)
+    model = UNet(config).to(device, memory_format=torch.channels_last)
+    if args.against:
+        try:
+            from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+            from diffusers.training_utils import EMAModel
+        except ImportError:
+            raise OSError("--against diffusers needs that library: pip install diffusers") from None
+
+on_cuda = device.type == "cuda"
+if args.compile is None:
+    args.compile = on_cuda
+if on_cuda:
     torch.set_float32_matmul_precision("high")
+args.dtype = args.dtype or default_dtype(device)
 dtype = getattr(torch, args.dtype)
 autocast = torch.autocast(device.type, dtype, enabled=args.dtype != "float32")
+batch_size, shape = args.batch_size, (args.channels, args.image_size, args.image_size)
 torch.manual_seed(0)
-B, shape = args.batch_size, (args.channels, args.image_size, args.image_size)
 
 # -----------------------------------------------------------------------------
 # ours
 
+prior = 0.5
+n_s = min(8 * math.ceil(batch_size * prior / (1 + prior) / 8), batch_size // 2)
+n_u = batch_size - n_s
 images = torch.randint(256, (10000, *shape), dtype=torch.uint8).to(device)
-diffusion, ema = GaussianDiffusion().to(device), copy.deepcopy(model).eval().requires_grad_(False)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **({"fused": True} if device.type in ("cuda", "cpu") else {}))
-scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+diffusion = GaussianDiffusion().to(device)
+ema = copy.deepcopy(model).eval().requires_grad_(False)
+fused = True if device.type in ("cuda", "cpu") else None
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+
+def batch():
+    """-> x_0, t and eps, where images of S share t and eps with images of U."""
+    x_0 = images[torch.randint(len(images), (batch_size,), device=device)].float() / 127.5 - 1
+    t, eps = torch.randint(1000, (n_u,), device=device), torch.randn(n_u, *shape, device=device)
+    eps = torch.cat([eps, eps[:n_s]]).contiguous(memory_format=torch.channels_last)
+    return x_0.contiguous(memory_format=torch.channels_last), torch.cat([t, t[:n_s]]), eps
 
 def loss_fn(x_0, t, eps):
     with autocast:
-        loss_u, loss_s = diffusion.per_image_loss(model, x_0, t, eps).split([B - B // 2, B // 2])
-    return pu_loss(loss_u, loss_s, 0.5)
-
-def batch():
-    x_0 = images[torch.randint(len(images), (B,), device=device)].float() / 127.5 - 1
-    t, eps = torch.randint(diffusion.T, (B,), device=device), torch.randn(B, *shape, device=device)
-    return *(x.contiguous(memory_format=torch.channels_last) for x in (x_0, eps)), t
-
-def forward():
-    x_0, eps, t = batch()
-    return loss_fn(x_0, t, eps)
+        loss = diffusion.per_image_loss(model, x_0, t, eps)
+    return pu_loss(loss[:n_u], loss[n_u:], prior)
 
 def forward_backward():
-    scaler.scale(forward()).backward()
+    loss_fn(*batch()).backward()
+
+def update(model, optimizer):
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 def train():
     forward_backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
+    update(model, optimizer)
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.001)
 
-@torch.no_grad()
 def sample():
     with autocast:
-        diffusion.sample(fast_ema, (B, *shape), args.steps)
+        diffusion.sample(sampling_model, (batch_size, *shape), args.steps)
 
-def train_flops() -> int:
-    with FlopCounterMode(display=False) as counter:
-        forward_backward()
-    optimizer.zero_grad()
-    return counter.get_total_flops()
+with FlopCounterMode(display=False) as counter:
+    forward_backward()
+flops = counter.get_total_flops() / batch_size    # of an image
 
-flops, fast_ema = train_flops() / B, ema    # of an image, forward and backward
+sampling_model = ema
 if args.compile:
-    x_0, eps, t = batch()
-    eager = loss_fn
-    loss_fn = compiled(eager, lambda fast: fast(x_0, t, eps).backward())
-    optimizer.zero_grad()
-    args.compile = loss_fn is not eager
-    print(f"compiled and eager loss: {loss_fn(x_0, t, eps).item():.6f} and {eager(x_0, t, eps).item():.6f}")
+    x_0, t, eps = batch()
+    loss_fn = compiled(loss_fn, lambda fast: fast(x_0, t, eps).backward())
     with torch.no_grad(), autocast:
-        fast_ema = compiled(ema, lambda fast: fast(x_0, t)) if args.compile else ema
+        sampling_model = compiled(ema, lambda fast: fast(x_0, t))
+    args.compile = sampling_model is not ema    # where torch.compile fails, nothing is compiled
 
-if cuda:
+if on_cuda:
     torch.cuda.reset_peak_memory_stats()
 train()
 train()
-if cuda:
+if on_cuda:
     memory = torch.cuda.max_memory_allocated()
 else:
-    from resource import RUSAGE_SELF, getrusage    # not on Windows
-    memory = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
+matrix = torch.randn(size, size, device=device, dtype=dtype)
+functions = {
+    "matmul": lambda: matrix @ matrix, "forward": lambda: loss_fn(*batch()),
+    "forward+backward": forward_backward, "train": train, "sample": sample,
+}
 
 # -----------------------------------------------------------------------------
-# the machine's best, and the rival
-
-n = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
-a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-
-def matmul():
-    a @ b
-
-contenders = {"matmul": matmul, "forward": forward, "forward+backward": forward_backward, "train": train, "sample": sample}
+# the other library's
 
 if args.against:
-    if model.config.patch == 1:
-        padding, rival_name = model.config.pad, "the same architecture"
-        rival = UNet2DModel.from_config(describe(replace(model.config, image_size=args.image_size + 2 * padding, pad=0)))
+    if config.patch == 1:
+        rival_name, pad = "the same architecture", config.pad
+        rival = UNet2DModel.from_config(describe(config))
     else:
-        padding, rival_name = max(0, 32 - args.image_size) // 2, "channels (32, 64, 64)"
-        rival = UNet2DModel(sample_size=args.image_size + 2 * padding, in_channels=args.channels, out_channels=args.channels,
-                            layers_per_block=2, block_out_channels=(32, 64, 64),
-                            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-                            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+        rival_name, pad = "channels (32, 64, 64)", max(0, 32 - args.image_size) // 2
+        rival = UNet2DModel(
+            in_channels=args.channels, out_channels=args.channels, block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
     rival = rival.to(device)
     rival_optimizer = torch.optim.AdamW(rival.parameters(), lr=1e-4)
     rival_ema = EMAModel(rival.parameters())
-    rival_scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     scheduler = DPMSolverMultistepScheduler()
-    padded = F.pad(images.cpu(), [padding] * 4)
-
-    class Padded(Dataset):
-        def __len__(self):
-            return len(padded)
-
-        def __getitem__(self, i):
-            return padded[i].float() / 127.5 - 1
-
-    def epochs():
-        while True:
-            yield from DataLoader(Padded(), B, shuffle=True, drop_last=True, num_workers=4 * cuda, pin_memory=cuda)
-
-    batches = epochs()
+    loader = DataLoader(
+        F.pad(images.cpu(), [pad] * 4), batch_size, shuffle=True, drop_last=True,
+        collate_fn=lambda batch: torch.stack(batch).float() / 127.5 - 1,
+        num_workers=4 if on_cuda else 0, multiprocessing_context="fork" if on_cuda else None,
+        pin_memory=on_cuda)
+    batches = chain.from_iterable(repeat(loader))
 
     def rival_train():
         x_0 = next(batches).to(device)
-        t, eps = torch.randint(1000, (B,), device=device), torch.randn_like(x_0)
+        t, eps = torch.randint(1000, (batch_size,), device=device), torch.randn_like(x_0)
         with autocast:
-            loss = F.mse_loss(rival(diffusion.q_sample(x_0, t, eps), t).sample.float(), eps)
-        rival_scaler.scale(loss).backward()
-        rival_scaler.unscale_(rival_optimizer)
-        torch.nn.utils.clip_grad_norm_(rival.parameters(), 1.0)
-        rival_scaler.step(rival_optimizer)
-        rival_scaler.update()
-        rival_optimizer.zero_grad()
+            output = rival(diffusion.q_sample(x_0, t, eps), t).sample
+        F.mse_loss(output.float(), eps).backward()
+        update(rival, rival_optimizer)
         rival_ema.step(rival.parameters())
 
     @torch.no_grad()
     def rival_sample():
-        x = torch.randn(B, *padded.shape[1:], device=device)
+        x = torch.randn(batch_size, args.channels, *[args.image_size + 2 * pad] * 2, device=device)
         scheduler.set_timesteps(args.steps)
         for t in scheduler.timesteps:
             with autocast:
                 eps = rival(x, t.to(device)).sample
             x = scheduler.step(eps.float(), t, x).prev_sample
 
-    contenders |= {"rival train": rival_train, "rival sample": rival_sample}
+    functions |= {"rival train": rival_train, "rival sample": rival_sample}
 
 # -----------------------------------------------------------------------------
-# the race
+# time everything in turns, so that a noisy machine is noisy for all
 
 def clock(function) -> float:
-    """-> seconds of one call, of as many as fill half a second"""
+    """-> seconds a call, the mean of ten calls or of as many as take half a second."""
     calls, start = 0, time.perf_counter()
-    while calls == 0 or (device.type == "cpu" and time.perf_counter() - start < 0.5) or (device.type != "cpu" and calls < 10):
+    while calls == 0 or (calls < 10 and time.perf_counter() - start < 0.5):
         function()
         calls += 1
     if device.type != "cpu":
         torch.accelerator.synchronize()
-    return (time.perf_counter() - start) / calls
-
-for function in contenders.values():    # warm up
-    function()
-    function()
+    seconds = (time.perf_counter() - start) / calls
     optimizer.zero_grad()
-if device.type != "cpu":
-    torch.accelerator.synchronize()
-turns = {name: [] for name in contenders}
+    return seconds
+
+for function in functions.values():    # warm up
+    clock(function)
+timings = {name: [] for name in functions}
 for i in range(args.repeats):
-    for name, function in contenders.items():
-        turns[name].append(clock(function))
-        optimizer.zero_grad()
-    print(f"\rturn {i + 1} of {args.repeats}", end="" if i + 1 < args.repeats else "\n", file=sys.stderr, flush=True)
+    for name, function in functions.items():
+        timings[name].append(clock(function))
+    print(f"\rround {i + 1} of {args.repeats}", end="", file=sys.stderr, flush=True)
+print(file=sys.stderr)
 
 # -----------------------------------------------------------------------------
-# the figures
+# the results
 
-seconds = {name: statistics.median(values) for name, values in turns.items()}
-peak = 2 * n ** 3 / seconds["matmul"]
-speed = {name: B / value for name, value in seconds.items()}
-figures = dict(model=args.model, shape=shape, batch_size=B, device=str(device), dtype=args.dtype, compile=args.compile, threads=torch.get_num_threads(),
-               train_images_per_second=speed["train"], forward_seconds=seconds["forward"], backward_seconds=seconds["forward+backward"] - seconds["forward"],
-               step_seconds=seconds["train"], sample_images_per_second=speed["sample"], steps=args.steps, train_flops_per_image=flops,
-               matmul_flops=peak, share_of_peak=flops * speed["train"] / peak, memory_bytes=memory)
-print(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, batches of {B} x {shape}, on {device}"
-      f"{f' ({torch.cuda.get_device_name()})' if cuda else f' with {torch.get_num_threads()} threads'}, {args.dtype}, "
-      f"{'compiled' if args.compile else 'not compiled'}; medians of {args.repeats} turns")
-print(f"training   {speed['train']:8.1f} images/s: {seconds['train'] * 1000:.1f} ms a step, of which forward {seconds['forward'] * 1000:.1f}, "
-      f"backward {figures['backward_seconds'] * 1000:.1f}")
-print(f"sampling   {speed['sample']:8.1f} images/s in {args.steps} steps")
-print(f"peak       {figures['share_of_peak']:8.1%} of a matrix multiplication's {peak / 1e12:.3g} TFLOP/s; {flops / 1e9:.3g} GFLOP an image")
-print(f"memory     {memory / 2 ** 20:8.0f} MiB{'' if cuda else ', of the whole process'}")
+seconds = {name: statistics.median(values) for name, values in timings.items()}
+peak = 2 * size ** 3 / seconds["matmul"]
+train_speed, sample_speed = batch_size / seconds["train"], batch_size / seconds["sample"]
+results = {
+    "model": args.model, "shape": shape, "batch_size": batch_size, "device": str(device),
+    "dtype": args.dtype, "compile": args.compile, "threads": torch.get_num_threads(),
+    "train_images_per_second": train_speed, "step_seconds": seconds["train"],
+    "forward_seconds": seconds["forward"],
+    "backward_seconds": seconds["forward+backward"] - seconds["forward"],
+    "sample_images_per_second": sample_speed, "steps": args.steps,
+    "train_flops_per_image": flops, "matmul_flops": peak,
+    "share_of_peak": flops * train_speed / peak, "memory_bytes": memory,
+}
+where = torch.cuda.get_device_name() if on_cuda else f"{torch.get_num_threads()} threads"
+n_params = sum(p.numel() for p in model.parameters())
+print(f"{args.model}, {n_params / 1e6:.2f} M parameters, batches of {batch_size} x {shape}")
+print(f"{device} ({where}), {args.dtype}, {'compiled' if args.compile else 'not compiled'}; "
+      f"medians of {args.repeats} rounds")
+print(f"training   {train_speed:8.1f} images/s: {1000 * seconds['train']:.1f} ms a step, of which "
+      f"forward {1000 * seconds['forward']:.1f}, "
+      f"backward {1000 * results['backward_seconds']:.1f}")
+print(f"sampling   {sample_speed:8.1f} images/s in {args.steps} steps")
+print(f"peak       {results['share_of_peak']:8.1%} of a matrix multiplication's "
+      f"{peak / 1e12:.3g} TFLOP/s; {flops / 1e9:.3g} GFLOP an image")
+print(f"memory     {memory / 2 ** 20:8.0f} MiB{'' if on_cuda else ', of the whole process'}")
 if args.against:
-    ratios = {name: statistics.median(theirs / ours for ours, theirs in zip(turns[name], turns[f"rival {name}"])) for name in ["train", "sample"]}
-    figures |= dict(rival=rival_name, rival_train_images_per_second=speed["rival train"], rival_sample_images_per_second=speed["rival sample"],
-                    train_ratio=ratios["train"], sample_ratio=ratios["sample"])
-    print(f"{args.against}  {speed['rival train']:8.1f} images/s in training, {speed['rival sample']:.1f} in sampling ({rival_name}); "
-          f"ours is {ratios['train']:.2f} and {ratios['sample']:.2f} times as fast")
-print(json.dumps(figures))
+    results["rival"] = rival_name
+    print(f"{args.against}, {rival_name}:")
+    for name in ["train", "sample"]:
+        speed = batch_size / seconds[f"rival {name}"]
+        ratio = statistics.median(
+            theirs / ours for ours, theirs in zip(timings[name], timings[f"rival {name}"]))
+        results |= {f"rival_{name}_images_per_second": speed, f"{name}_ratio": ratio}
+        print(f"{name:10} {speed:8.1f} images/s; ours is {ratio:.2f} times as fast")
+print(json.dumps(results))

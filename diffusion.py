@@ -1,13 +1,14 @@
 """
-The Gaussian diffusion: how images become noise, the loss of a network that predicts that noise, and the way back.
+The Gaussian diffusion: how images become noise, and how a network learns the way back.
 
     diffusion = GaussianDiffusion(T=1000, schedule="linear").to(device)
     loss = diffusion.per_image_loss(model, x_0)                 # [B, C, H, W] in [-1, 1] -> [B]
     x_0 = diffusion.sample(model, (64, 1, 28, 28), steps=20)    # -> [64, 1, 28, 28] in [-1, 1]
 
-DDPM (Ho et al. 2020, arXiv:2006.11239), DDIM (Song et al. 2021, arXiv:2010.02502), DPM-Solver++ (Lu et al. 2022,
-arXiv:2211.01095), cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672), v (Salimans & Ho 2022, arXiv:2202.00512),
-noise levels (EDM, Karras et al. 2022, arXiv:2206.00364).
+Sources: DDPM (Ho et al. 2020, arXiv:2006.11239), DDIM (Song et al. 2021, arXiv:2010.02502),
+DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), the cosine schedule (Nichol & Dhariwal 2021,
+arXiv:2102.09672), predicting v (Salimans & Ho 2022, arXiv:2202.00512), lognormal noise levels
+(EDM, Karras et al. 2022, arXiv:2206.00364).
 """
 import math
 import sys
@@ -16,119 +17,139 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # and the default eta of each
+
+
+def betas(schedule: str, T: int) -> torch.Tensor:
+    """The variance of the noise that each timestep adds -> [T] in (0, 1), float64.
+    "linear": from 1e-4 to 0.02 (DDPM, section 4). "cosine": alpha_bar is the square of a cosine
+    (Nichol & Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2), noisier than EDM's N(1, 2.4^2)
+    (table 1). Raises ValueError for another schedule."""
+    t = torch.arange(T + 1, dtype=torch.float64)
+    if schedule == "linear":
+        return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    if schedule == "cosine":
+        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    if schedule == "lognormal":
+        quantiles = torch.special.ndtri((t[:-1] + 0.5) / T)
+        alpha_bar = torch.sigmoid(-0.5 - 2 * quantiles)
+        return 1 - alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1)
+    raise ValueError(f"unknown schedule {schedule!r}: choose linear, cosine or lognormal")
+
 
 class GaussianDiffusion(nn.Module):
-    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I) for t = 0 ... T-1. A module without parameters,
-    so that .to(device) takes the tables along."""
+    """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), t = 0 ... T-1, and its reverse.
+    A module without parameters, so that .to(device) moves its tables."""
 
     def __init__(self, T: int = 1000, schedule: str = "linear", prediction: str = "eps"):
-        """schedule: "linear", betas from 1e-4 to 0.02 (DDPM, section 4), "cosine" (Nichol & Dhariwal, eq. 17), or
-        "lognormal", as are the noise levels that EDM trains on (Karras et al., table 1: log SNR ~ N(1, 2.4^2)), at more noise: N(-0.5, 2^2).
-        prediction: what networks output, "eps" or "v" = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho,
-        section 4), the part of eps that x_t does not tell. Where x_t is nearly all noise, a network for eps copies its
-        input, to many digits if x_0 is to be right; one for v says what it thinks of x_0. Raises ValueError for any other."""
+        """prediction: what the network outputs, "eps" or "v", which is
+        sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, section 4). Where x_t is
+        nearly all noise, v is about -x_0, but eps is about x_t: to be right about x_0, a network
+        for eps must copy its input very precisely.
+        Raises ValueError for another prediction, or for a schedule that `betas` does not know."""
         super().__init__()
-        if schedule == "linear":
-            beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-        elif schedule == "cosine":
-            f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
-            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        elif schedule == "lognormal":
-            quantiles = torch.special.ndtri((torch.arange(T, dtype=torch.float64) + 0.5) / T)
-            alpha_bar = torch.sigmoid(-0.5 - 2 * quantiles)
-            beta = 1 - alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1)
-        else:
-            raise ValueError(f"unknown schedule {schedule!r}: choose linear, cosine or lognormal")
         if prediction not in ("eps", "v"):
             raise ValueError(f"unknown prediction {prediction!r}: choose eps or v")
-        alpha_bar = (1 - beta).cumprod(0)
         self.T, self.schedule, self.prediction = T, schedule, prediction
+        alpha_bar = (1 - betas(schedule, T)).cumprod(0)
         self.alpha_bar = alpha_bar.tolist()    # float64, for the sampler
-        self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)        # sqrt(alpha_bar_t)
-        self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)   # sqrt(1 - alpha_bar_t)
+        self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)
 
-    def q_sample(self, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """x_0 [B, ...], t [B] in [0, T), eps like x_0, standard normal -> x_t like x_0 (DDPM, eq. 4)."""
-        signal, noise = self.at(t, x_0)
-        return signal * x_0 + noise * eps
-
-    def at(self, t: torch.Tensor, x: torch.Tensor) -> tuple:
-        """t [B], x [B, ...] -> sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), [B, 1, ...] to go with x."""
+    def signal_and_noise(self, t: torch.Tensor, x: torch.Tensor) -> tuple:
+        """t [B], x [B, ...] -> sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), both [B, 1, ...]."""
         shape = [-1] + [1] * (x.ndim - 1)
         return self.signal[t].view(shape), self.noise[t].view(shape)
 
+    def q_sample(self, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """x_0 [B, ...], t [B] in [0, T), eps ~ N(0, I) like x_0 -> x_t like x_0 (DDPM, eq. 4)."""
+        signal, noise = self.signal_and_noise(t, x_0)
+        return signal * x_0 + noise * eps
+
     def per_image_loss(self, model, x_0: torch.Tensor, t=None, eps=None) -> torch.Tensor:
-        """l(x_0) = ||eps - model(x_t, t)||^2, summed over pixels: one sample of the simplified negative ELBO (DDPM, eq. 14,
-        before its mean over images); or ||v - model(x_t, t)||^2, which is the same term divided by alpha_bar_t.
-        x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast.
-        t [B] and eps (like x_0) are drawn uniform and standard normal where they are not given."""
+        """l(x_0) = ||eps - model(x_t, t)||^2, the sum over pixels: one sample of the simplified
+        negative ELBO (DDPM, eq. 14, which has the mean over images). For networks that predict v,
+        ||v - model(x_t, t)||^2, which is the same divided by alpha_bar_t.
+        x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast. Where they are not given,
+        t [B] is drawn uniformly from [0, T), and eps, like x_0, from N(0, I)."""
         if t is None:
             t = torch.randint(self.T, (len(x_0),), device=x_0.device)
         if eps is None:
             eps = torch.randn_like(x_0)
-        target, out = eps.float(), model(self.q_sample(x_0, t, eps), t).float()
+        output = model(self.q_sample(x_0, t, eps), t).float()
+        target = eps.float()
         if self.prediction == "v":
-            signal, noise = self.at(t, x_0)
+            signal, noise = self.signal_and_noise(t, x_0)
             target = signal * eps - noise * x_0
-        return (target - out).square().flatten(1).sum(1)
+        return (target - output).square().flatten(1).sum(1)
 
-    def times(self, steps: int, spacing: str) -> list:
-        """The timesteps a sampler visits: T-1, ..., -1, where -1 stands for the clean image. "uniform": equally
-        spaced in t (DDIM). "log_snr": equally spaced in log(signal / noise) (DPM-Solver, section 3.4)."""
+    def timesteps(self, steps: int, spacing: str) -> list:
+        """The timesteps that a sampler visits: T-1, ..., -1, where -1 stands for the clean image.
+        spacing: "uniform" in t (DDIM), or "log_snr", uniform in log(signal / noise) as far as no
+        timestep comes twice (DPM-Solver, arXiv:2206.00927, section 3.4)."""
         if spacing == "uniform":
             return [round(self.T * (1 - i / steps)) - 1 for i in range(steps + 1)]
         log_snr = (self.signal / self.noise).log().cpu()
         grid = torch.linspace(log_snr[-1], log_snr[0], steps)
-        times = [self.T - 1]
-        for i, t in enumerate((log_snr - grid[:, None]).abs().argmin(1).tolist()[1:], start=1):
-            times.append(max(min(t, times[-1] - 1), steps - 1 - i))    # nearest, but no timestep twice
-        return times + [-1]
+        nearest = (log_snr - grid[:, None]).abs().argmin(1).tolist()
+        timesteps = [self.T - 1]
+        for i in range(1, steps):
+            timesteps.append(max(min(nearest[i], timesteps[-1] - 1), steps - 1 - i))
+        return timesteps + [-1]
 
     @torch.no_grad()
-    def sample(self, model, shape: tuple, steps: int = 20, sampler: str = "dpm++", eta: float = None,
-               generator: torch.Generator = None, progress: bool = False) -> torch.Tensor:
-        """Noise -> images of the given shape [N, C, H, W], in [-1, 1], in `steps` calls of the model.
+    def sample(self, model, shape: tuple, steps: int = 20, sampler: str = "dpm++",
+               eta: float = None, generator=None, progress: bool = False) -> torch.Tensor:
+        """Noise -> images of the given shape [N, C, H, W], in [-1, 1], in `steps` network calls.
 
-        "ddim": DDIM, eq. 12; deterministic at eta = 0, its default. "ddpm": ancestral sampling (DDPM, algorithm 2, with
-        the posterior variance), which is DDIM at eta = 1. "dpm++": the same two with the predicted x_0 extrapolated from
-        the last two predictions: SDE-DPM-Solver++(2M) at eta = 1, its default, because fresh noise mends what an
-        imperfect network got wrong; DPM-Solver++(2M) at eta = 0. Predictions of x_0 are clipped to [-1, 1].
+        "ddim": DDIM, eq. 12; deterministic at eta = 0, its default. "ddpm": ancestral sampling
+        (DDPM, algorithm 2, posterior variance), which is DDIM at eta = 1. "dpm++": the same, but
+        x_0 is extrapolated from the last two predictions: SDE-DPM-Solver++(2M) at eta = 1, its
+        default, since fresh noise repairs a network's errors; DPM-Solver++(2M) at eta = 0.
+        All clip predictions of x_0 to [-1, 1].
 
-        generator: source of all noise, on the device of the tables. progress: count the steps on stderr.
-        Raises ValueError for an unknown sampler, steps outside 1 ... T, or eta outside [0, 1]."""
-        if sampler not in ("ddpm", "ddim", "dpm++"):
+        generator: a torch.Generator, the source of all noise. progress: counts steps on stderr.
+        Raises ValueError for another sampler, steps outside 1 ... T, or eta outside [0, 1]."""
+        if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: choose ddpm, ddim or dpm++")
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1 to {self.T}, not {steps}")
         if eta is None:
-            eta = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}[sampler]
+            eta = SAMPLERS[sampler]
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be 0 to 1, not {eta}")
         device = self.signal.device
-        x = torch.randn(shape, generator=generator, device=device)
-        times = self.times(steps, "log_snr" if sampler == "dpm++" else "uniform")
-        x_0_last = h_last = None
+        timesteps = self.timesteps(steps, "log_snr" if sampler == "dpm++" else "uniform")
+        last_x_0 = last_h = None
 
-        for i, (t, s) in enumerate(zip(times[:-1], times[1:])):    # one step: from x_t to x_s, s < t
-            ab_t = self.alpha_bar[t]
-            ab_s = self.alpha_bar[s] if s >= 0 else 1.0
-            out = model(x, torch.full((shape[0],), t, device=device)).float()
+        x = torch.randn(shape, generator=generator, device=device)
+        for i, (t, t_next) in enumerate(zip(timesteps[:-1], timesteps[1:])):    # x_t -> x_{t_next}
+            alpha_bar_t = self.alpha_bar[t]
+            alpha_bar_next = self.alpha_bar[t_next] if t_next >= 0 else 1.0
+            signal, noise = alpha_bar_t ** 0.5, (1 - alpha_bar_t) ** 0.5
+            output = model(x, torch.full((shape[0],), t, device=device)).float()
             if self.prediction == "v":
-                x_0 = ab_t ** 0.5 * x - (1 - ab_t) ** 0.5 * out
+                x_0 = signal * x - noise * output
             else:
-                x_0 = (x - (1 - ab_t) ** 0.5 * out) / ab_t ** 0.5
+                x_0 = (x - noise * output) / signal
             x_0 = x_0.clamp(-1, 1)
 
-            if sampler == "dpm++" and s >= 0:    # the last step, to alpha_bar = 1, is of first order
-                h = 0.5 * math.log(ab_s * (1 - ab_t) / ((1 - ab_s) * ab_t))    # step in log(signal / noise)
-                D = x_0 if x_0_last is None else x_0 + h / (2 * h_last) * (x_0 - x_0_last)
-                x_0_last, h_last, x_0 = x_0, h, D
+            if sampler == "dpm++" and t_next >= 0:    # the last step is of first order
+                ratio = alpha_bar_next * (1 - alpha_bar_t) / ((1 - alpha_bar_next) * alpha_bar_t)
+                h = 0.5 * math.log(ratio)    # the step in log(signal / noise)
+                predicted = x_0
+                if last_x_0 is not None:
+                    x_0 = predicted + h / (2 * last_h) * (predicted - last_x_0)
+                last_x_0, last_h = predicted, h
 
-            eps = (x - ab_t ** 0.5 * x_0) / (1 - ab_t) ** 0.5    # what the noise is if x_0 is right
-            sigma = eta * ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)) ** 0.5
-            x = ab_s ** 0.5 * x_0 + (1 - ab_s - sigma ** 2) ** 0.5 * eps
+            eps = (x - signal * x_0) / noise    # the noise in x_t, if x_0 is right
+            beta = 1 - alpha_bar_t / alpha_bar_next
+            sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar_t) * beta) ** 0.5
+            x = alpha_bar_next ** 0.5 * x_0 + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps
             if sigma > 0:
                 x = x + sigma * torch.randn(shape, generator=generator, device=device)
             if progress:
-                print(f"\r{sampler} step {i + 1}/{steps}", end="" if s >= 0 else "\n", file=sys.stderr, flush=True)
+                end = "" if t_next >= 0 else "\n"
+                print(f"\r{sampler} step {i + 1}/{steps}", end=end, file=sys.stderr, flush=True)
         return x

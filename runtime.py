@@ -1,10 +1,11 @@
 """
-What the scripts share: the device, the ranks, the precision, compilation, checkpoints, types of arguments.
+What the scripts share: errors, files, devices, ranks, precision, checkpoints, argument types.
 """
 import argparse
 import math
 import os
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from fractions import Fraction
@@ -13,14 +14,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-
 # -----------------------------------------------------------------------------
 # errors and files
 
 @contextmanager
 def exit_status(parser: argparse.ArgumentParser):
-    """Ends the script in one sentence where the block raises: ValueError, a wish that cannot be granted, with exit
-    status 2; OSError, a file or a machine that is not as it should be, and Ctrl-C with 1."""
+    """Ends the script with one sentence instead of a traceback: with exit status 2 for ValueError
+    (a wish that cannot be granted), with 1 for OSError (a bad file or machine) and Ctrl-C."""
     try:
         yield
     except ValueError as error:
@@ -32,122 +32,155 @@ def exit_status(parser: argparse.ArgumentParser):
 
 
 def write_whole(path: Path, write):
-    """write(temporary path), then renames: the file is there whole or not at all, and nothing else stays behind.
-    Raises OSError naming the file where it cannot be written."""
+    """Calls write(temporary path), then renames, so that path never holds half a file.
+    Raises OSError naming path where it cannot be written; no temporary file stays behind."""
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(part)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:    # RuntimeError: a full disk, to torch.save
+    except (OSError, RuntimeError) as error:    # RuntimeError: torch.save on a full disk
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
-# -----------------------------------------------------------------------------
-# devices, ranks, precision
-
-def find_device(name: str = None) -> torch.device:
-    """The device of that name, or the best there is: cuda, else mps, else cpu. Under torchrun each process, a rank, gets
-    its own, and they are connected, by NCCL or on CPUs by gloo. Raises ValueError where it cannot be had."""
-    torchrun = dist.is_available() and dist.is_torchelastic_launched()
-    name = name or str(torch.accelerator.current_accelerator() or "cpu")
-    try:
-        device = torch.device(name)
-        if torchrun and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if torchrun and device.type == "mps":    # which no backend connects
-            device = torch.device("cpu")
-        torch.zeros(1, device=device).item()
-        if device.index:
-            torch.accelerator.set_device_index(device.index)    # so that cuda:1 means that one everywhere
-        if torchrun:
-            nccl = device.type == "cuda"
-            dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None, timeout=timedelta(days=1))
-    except (RuntimeError, AssertionError, ImportError) as e:    # AssertionError: PyTorch was built without CUDA
-        reason = str(e).splitlines()[0].split(". ")[0]
-        raise ValueError(f"--device {name} is not to be had here: {reason}") from None
-    return device
-
-
-def ranks() -> tuple:
-    """-> the number of this process among those that torchrun started, and how many they are; otherwise 0 and 1."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-@contextmanager
-def first_rank_first():
-    """The first rank of each machine runs this block before the others do, which find what it downloaded or decoded."""
-    turns = ranks()[1] > 1
-    if turns and os.environ["LOCAL_RANK"] != "0":
-        dist.barrier()
-    yield
-    if turns and os.environ["LOCAL_RANK"] == "0":
-        dist.barrier()
-
-
-def device_flags(parser):
-    """Adds the flags that find_device and default_dtype are the defaults of."""
-    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="of the network's forward pass (default: bfloat16 on cuda that has it and on CPUs with AVX512-BF16, float16 on "
-                             "other cuda, else float32)")
-
-
-def default_dtype(device: torch.device) -> str:
-    """-> bfloat16 on CUDA GPUs that compute in it and on CPUs with AVX512-BF16, float16 on other CUDA GPUs, float32 elsewhere."""
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
-        return "bfloat16"
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-
-
-def compiled(function, trial):
-    """-> torch.compile(function), tried by trial(it); where there is no compiler, says so and returns the function itself."""
-    fast = torch.compile(function)
-    try:
-        trial(fast)
-    except Exception as e:    # torch.compile raises whatever its parts do
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        print(f"not compiled, because torch.compile fails here: {reason}", flush=True)
-        return function
-    return fast
-
-
-def read_checkpoint(path) -> dict:
-    """What train.py saved, on the CPU. Raises OSError where the file is missing or is something else."""
+def read_checkpoint(path: Path) -> dict:
+    """Reads what train.py saved, onto the CPU. Raises OSError where path holds nothing like it."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: train.py writes it at its first sample grid") from None
-    except Exception:    # torch.load raises whatever its readers do
+        raise FileNotFoundError(
+            f"{path} does not exist: train.py writes it at its first sample grid") from None
+    except Exception:    # torch.load raises whatever its readers raise
         ckpt = None
     if not isinstance(ckpt, dict) or not {"config", "ema", "args"} <= ckpt.keys():
         raise OSError(f"{path} is not a checkpoint of train.py, or is damaged")
     return ckpt
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
+# -----------------------------------------------------------------------------
+# devices and ranks
 
-
-def seed(text: str) -> int:
-    """A whole number that torch's generators take, for argparse."""
-    if abs(int(text)) >= 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} does not fit in 64 bits")
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    """"0.5" or "1/11" -> a number in (0, 1), for argparse."""
+def find_device(name: str = None) -> torch.device:
+    """The device of that name; without a name cuda, else mps, else cpu. Under torchrun, each
+    process (rank) gets a device of its own, and NCCL, or gloo on CPUs, connects them.
+    Raises ValueError where this machine has no such device."""
+    torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    if name is None:
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1, such as 0.5 or 1/11")
-    return value
+        device = torch.device(name)
+        if torchrun and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if torchrun and device.type == "mps":    # no backend connects these
+            device = torch.device("cpu")
+        torch.zeros(1, device=device).item()
+        if device.index:
+            torch.accelerator.set_device_index(device.index)    # "cuda" means cuda:1 from now on
+        if torchrun:
+            timeout = timedelta(days=1)    # other ranks may wait for a download
+            if device.type == "cuda":
+                dist.init_process_group("nccl", device_id=device, timeout=timeout)
+            else:
+                dist.init_process_group("gloo", timeout=timeout)
+    except (RuntimeError, AssertionError, ImportError) as error:    # Assertion: torch without CUDA
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name} is not to be had here: {reason}") from None
+    return device
+
+
+def ranks() -> tuple:
+    """-> the rank of this process and the number of ranks: 0 and 1 without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def first_rank_first():
+    """Runs the block on the first rank of each machine, then on the others, which find what the
+    first has downloaded or decoded."""
+    alone = ranks()[1] == 1
+    first = alone or os.environ["LOCAL_RANK"] == "0"
+    if not first:
+        dist.barrier()
+    yield
+    if first and not alone:
+        dist.barrier()
+
+
+# -----------------------------------------------------------------------------
+# precision and compilation
+
+def device_flags(parser: argparse.ArgumentParser):
+    """Adds --device and --dtype, for find_device and default_dtype."""
+    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
+                        help="of the forward pass (default: what is fast here)")
+
+
+def default_dtype(device: torch.device) -> str:
+    """-> bfloat16 on CUDA GPUs and CPUs that are fast at it, float16 on other CUDA GPUs, float32
+    elsewhere."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float16"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        # Having the instructions is not enough: with them, an AMD EPYC multiplies matrices four
+        # times as fast as in float32, an Intel Xeon without AMX half as fast. So measure, and ask
+        # for a clear gain, since conversions take time as well.
+        if 1.5 * matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32):
+            return "bfloat16"
+    return "float32"
+
+
+def matmul_seconds(dtype: torch.dtype) -> float:
+    """The time of a 512x512 matrix multiplication on the CPU, the best of 5."""
+    a = torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def compiled(function, trial):
+    """-> torch.compile(function), once trial(it) has worked; else says why not -> function."""
+    fast = torch.compile(function)
+    try:
+        trial(fast)
+    except Exception as error:    # torch.compile raises whatever its parts raise
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        print(f"not compiled, because torch.compile fails here: {reason}", flush=True)
+        return function
+    return fast
+
+
+# -----------------------------------------------------------------------------
+# types of command-line arguments
+
+def argument_type(parse, accepts, error: str):
+    """A type for argparse: text -> parse(text), a number that `accepts` returns True for.
+    error: the sentence for any other text, with {} in the place of that text."""
+    def convert(text: str):
+        try:
+            number = parse(text)
+        except (ValueError, ArithmeticError):
+            number = math.nan    # which no comparison accepts
+        if not accepts(number):
+            raise argparse.ArgumentTypeError(error.format(text))
+        return number
+    return convert
+
+
+positive = argument_type(int, lambda n: n >= 1, "{} is not a positive whole number")
+count = argument_type(int, lambda n: n >= 0, "{} is not a whole number, 0 or more")
+seed = argument_type(int, lambda n: abs(n) < 2 ** 63,
+                     "{} does not fit in 64 bits as a whole number")
+fraction = argument_type(lambda text: float(Fraction(text)), lambda x: 0 < x < 1,
+                         "'{}' is not a number between 0 and 1, such as 0.5 or 1/11")
+positive_float = argument_type(float, lambda x: 0 < x < math.inf, "{} is not a positive number")
+positive_or_inf = argument_type(float, lambda x: x > 0, "{} is not a positive number, or inf")
+decay = argument_type(float, lambda x: 0 <= x < 1, "{} is not a number from 0 to below 1")

@@ -5,10 +5,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import (Attention, Downsample, GroupNorm, ResBlock, UNet, UNetConfig, Upsample, preset,
-                  timestep_embedding)
+from unet import (
+    Attention,
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    UNet,
+    UNetConfig,
+    Upsample,
+    preset,
+    timestep_embedding,
+)
 
-SMALL = UNetConfig(image_channels=2, image_size=8, channels=(8, 16), blocks=1, attention=(1,), groups=4)
+SMALL = UNetConfig(
+    image_channels=2, image_size=8, channels=(8, 16), blocks=1, attention=(1,), groups=4)
 
 
 def n_params(model):
@@ -47,20 +57,21 @@ def test_paper_preset_pads_mnist_to_32():
 
 def test_parameter_counts():
     with torch.device("meta"):
-        assert n_params(UNet(preset("paper", 3, 32))) == 61_529_091     # "61.5 M" in section 5 of the paper
+        assert n_params(UNet(preset("paper", 3, 32))) == 61_529_091    # "61.5 M", section 5
         assert 650_000 < n_params(UNet(preset("tiny", 1, 28))) < 2_000_000
 
 
 def test_predicts_zero_at_first():
     model = UNet(SMALL)
-    assert torch.equal(model(torch.randn(2, 2, 8, 8), torch.tensor([3, 7])), torch.zeros(2, 2, 8, 8))
+    out = model(torch.randn(2, 2, 8, 8), torch.tensor([3, 7]))
+    assert torch.equal(out, torch.zeros(2, 2, 8, 8))
 
 
 def test_every_parameter_is_used():
     model = trained(SMALL)
     model(torch.randn(4, 2, 8, 8), torch.tensor([0, 10, 100, 999])).square().sum().backward()
-    unused = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
-    assert not unused
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
 def test_an_image_does_not_see_the_rest_of_its_batch():
@@ -76,14 +87,14 @@ def test_depends_on_the_timestep():
 
 @pytest.mark.parametrize("pad", [0, 2])
 def test_patch_and_pad_keep_pixels_in_their_place(pad):
-    """With every weight zero except centre taps that pass channel i to channel i, both must be undone exactly."""
+    """Weights that are zero, but for centre taps from channel i to channel i, return the image."""
     model = UNet(replace(SMALL, patch=2, pad=pad, channels=(8,), attention=(), groups=8))
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
         eye = torch.eye(8)[:, :, None, None]
         model.conv_in.weight[:, :, 1:2, 1:2] = eye
-        model.up[0].blocks[-1].skip.weight[:, 8:] = eye    # the last skip connection is conv_in's output
+        model.up[0].blocks[-1].skip.weight[:, 8:] = eye    # the last skip: conv_in
         model.conv_out.weight[:, :, 1:2, 1:2] = eye
     model.norm_out, x = torch.nn.Identity(), torch.randn(2, 2, 8, 8)
     torch.testing.assert_close(model(x, torch.tensor([0, 1])), F.silu(x))
@@ -93,10 +104,11 @@ def test_downsample_pads_right_and_below_and_upsample_repeats():
     down, up = Downsample(1), Upsample(1)
     with torch.no_grad():
         for layer, tap in [(down, 0), (up, 1)]:
-            layer.weight.zero_(), layer.bias.zero_()
+            layer.weight.zero_()
+            layer.bias.zero_()
             layer.weight[0, 0, tap, tap] = 1
     x = torch.randn(1, 1, 6, 4)
-    assert torch.equal(down(x), x[:, :, ::2, ::2])                # the first tap of its first window is pixel (0, 0)
+    assert torch.equal(down(x), x[:, :, ::2, ::2])    # the first tap sees pixel (0, 0) first
     assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
@@ -113,12 +125,13 @@ def test_res_block_formula(c_out):
     torch.testing.assert_close(block(x, emb), h + (x if c_out == 8 else block.skip(x)))
 
 
-def test_blocks_are_told_the_time_through_two_layers_and_a_silu():
-    model, t, told = trained(SMALL), torch.tensor([5, 700]), []
-    model.mid1.register_forward_hook(lambda module, args, out: told.append(args[1]))
+def test_the_time_reaches_the_blocks_through_two_layers_and_a_silu():
+    model, t, embeddings = trained(SMALL), torch.tensor([5, 700]), []
+    model.mid1.register_forward_hook(lambda module, args, out: embeddings.append(args[1]))
     model(torch.randn(2, 2, 8, 8), t)
     first, second = model.time[0], model.time[2]
-    torch.testing.assert_close(told[0], F.silu(second(F.silu(first(timestep_embedding(t, 8))))))
+    expected = F.silu(second(F.silu(first(timestep_embedding(t, 8)))))
+    torch.testing.assert_close(embeddings[0], expected)
 
 
 def test_dropout_acts_in_training_only():
@@ -128,7 +141,8 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(x, t), model(x, t))
 
 
-@pytest.mark.parametrize("head_dim, heads, size", [(0, 1, (3, 5)), (4, 3, (3, 5)), (4, 3, (33, 32))])    # the last by the fused kernel
+@pytest.mark.parametrize("head_dim, heads, size", [
+    (0, 1, (3, 5)), (4, 3, (3, 5)), (4, 3, (33, 32))])    # the last is for the fused kernel
 def test_attention_is_softmax_of_scaled_products(head_dim, heads, size):
     torch.manual_seed(0)
     layer = Attention(12, replace(SMALL, head_dim=head_dim))
@@ -149,7 +163,8 @@ def test_under_autocast_group_norm_rounds_nothing_but_its_result():
     torch.nn.init.normal_(norm.weight)
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x)
-    assert y.dtype == torch.bfloat16 and torch.equal(y, F.group_norm(x.float(), 2, norm.weight, norm.bias, eps=1e-6).bfloat16())
+    expected = F.group_norm(x.float(), 2, norm.weight, norm.bias, eps=1e-6).bfloat16()
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
 
 
 def test_timestep_embedding_closed_form():
@@ -161,7 +176,8 @@ def test_timestep_embedding_closed_form():
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(image_size=9), "image size 9 cannot be halved evenly by 2 levels with patch 1: it must be a multiple of 2"),
+    (dict(image_size=9), "image size 9 cannot be halved evenly by 2 levels with patch 1: "
+                         "it must be a multiple of 2"),
     (dict(image_size=10, patch=2), "multiple of 4"),
     (dict(blocks=0), "a level needs a block"),
     (dict(channels=(2, 16), groups=2), "an even number of channels, at least 4"),
