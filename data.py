@@ -147,8 +147,7 @@ def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_la
                          f"use n_unlabeled of at most {largest:,}, or another prior")
     n_hidden = round(prior * n_unlabeled)    # sensitive images in U
     if not 0 < n_hidden < n_unlabeled:
-        raise ValueError(f"U would hold {n_hidden} sensitive images of {n_unlabeled}, and needs "
-                         f"one of each kind: use a larger n_unlabeled")
+        raise ValueError("U must hold images of both kinds: use a larger n_unlabeled")
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -186,10 +185,8 @@ def data_flags(parser):
     parser.add_argument("--dataset", default="mnist", choices=DATASETS, help="(default: mnist)")
     parser.add_argument("--data_dir", type=Path, default=DATA_DIR,
                         help="folder of mnist/ and the others, or of unlabeled/ and sensitive/")
-    parser.add_argument("--image_size", type=positive,
-                        help="pixels, for folder and celeba (default: 32 and 256)")
-    parser.add_argument("--channels", type=int, choices=[1, 3],
-                        help="grey or colour, for folder and celeba (default: 3)")
+    parser.add_argument("--image_size", type=positive, help="pixels (folder: 32, celeba: 256)")
+    parser.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour (default: 3)")
     parser.add_argument("--sensitive", help="classes or groups, with commas (mnist: odd)")
     parser.add_argument("--prior", type=fraction, default=0.5,
                         help="fraction of sensitive images in U, as 0.5 or 1/11 (default: 0.5)")
