@@ -32,7 +32,7 @@ from PIL import Image
 
 from data import DATA_DIR, DATASETS, FITS, has_class, load, parse_classes
 from formats import decode
-from images import framed, no_pngs, save_grid, save_png
+from images import empty_png_folder, framed, save_grid, save_png
 from runtime import find_device, first_rank_first, positive, ranks, read_checkpoint
 from sample import draw, open_model, sampling_flags
 
@@ -208,7 +208,7 @@ def main():
     try:
         ckpt = read_checkpoint(args.ckpt) if args.ckpt else {}
         if args.export_real:
-            no_pngs(args.export_real, "--export_real")    # before the ranks meet, so that none has written yet
+            empty_png_folder(args.export_real, "--export_real")    # before the ranks meet, so that none has written yet
         device = find_device(args.device)
         rank, world = ranks()
         run = ckpt.get("args", {})

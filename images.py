@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
@@ -15,51 +16,62 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] -> uint8, rounded: the inverse of x / 127.5 - 1."""
+    """Images in [-1, 1] -> uint8, rounded: the inverse of to_float. Clips what lies outside."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_png(image: torch.Tensor, path: Path):
-    """image [C, H, W] uint8, one channel or three -> a PNG file."""
+    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as PNG whatever the path's suffix."""
     pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, format="PNG")
+    if pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]    # Pillow's form of a grey image
+    Image.fromarray(pixels).save(path, format="PNG")
 
 
-def no_pngs(folder: Path, flag: str):
-    """Makes a folder for PNGs. Raises ValueError where it holds some already, OSError where it cannot be made."""
+def empty_png_folder(folder: Path, flag: str):
+    """Makes a folder for PNG files.
+
+    Raises ValueError, which names the flag, if it holds some already."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.png")):
-        raise ValueError(f"{flag} {folder} already holds PNGs, which would mix with these: name an empty folder")
+        raise ValueError(f"{flag} {folder} already holds PNGs, which would mix with these: "
+                         f"name an empty folder")
 
 
 def grid(images: torch.Tensor) -> torch.Tensor:
-    """images [N, C, H, W] uint8 -> one image [C, ...] of about as many rows as columns, a pixel of white between them."""
+    """Images [N, C, H, W] -> one image [C, rows * (H+1) - 1, columns * (W+1) - 1], all uint8.
+
+    It has about as many rows as columns, with white lines of one pixel between them."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    tiles = torch.nn.functional.pad(images.cpu(), (0, 1, 0, 1), value=255)
-    blank = torch.full_like(tiles[:1], 255).expand(rows * columns - len(images), -1, -1, -1)
-    return rearrange(torch.cat([tiles, blank]), "(r c) ch h w -> ch (r h) (c w)", r=rows)[:, :-1, :-1]
+    n_blank = rows * columns - len(images)
+    tiles = F.pad(images.cpu(), (0, 1, 0, 1), value=255)
+    tiles = torch.cat([tiles, torch.full_like(tiles[:1], 255).expand(n_blank, -1, -1, -1)])
+    return rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", r=rows)[:, :-1, :-1]
 
 
 def save_grid(images: torch.Tensor, path: Path):
-    """images [N, C, H, W] uint8 -> a PNG file of their grid."""
+    """Writes a grid of images, uint8 [N, C, H, W], as PNG."""
     save_png(grid(images), path)
 
 
 def save_grids(groups: list, path: Path):
-    """[[N, C, H, W] uint8, ...] -> a PNG file of their grids, side by side."""
+    """Writes a grid of each group of images, uint8 [N, C, H, W], side by side, as one PNG."""
     grids = [grid(images) for images in groups]
-    height = max(g.shape[1] for g in grids)
-    grids = [torch.nn.functional.pad(g, (0, 12, 0, height - g.shape[1]), value=255) for g in grids]
-    save_png(torch.cat(grids, dim=2)[:, :, :-12], path)
+    height = max(image.shape[1] for image in grids)
+    padded = [F.pad(image, (0, 12, 0, height - image.shape[1]), value=255) for image in grids]
+    save_png(torch.cat(padded, dim=2)[:, :, :-12], path)
 
 
 def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
-    """images [N, C, H, W] uint8, marked [N] bool -> [N, 3, H+4, W+4]: with a border of two pixels, red where marked."""
-    rgb = images.cpu().expand(-1, 3, -1, -1)
-    white = torch.nn.functional.pad(rgb, (2, 2, 2, 2), value=255)
-    red = torch.stack([torch.nn.functional.pad(rgb[:, i], (2, 2, 2, 2), value=value) for i, value in enumerate([255, 0, 0])], dim=1)
-    return torch.where(marked.cpu()[:, None, None, None], red, white)
+    """Images [N, C, H, W] -> [N, 3, H+4, W+4], all uint8, with frames of two pixels.
+
+    Frames are red where `marked` [N] is true, and white elsewhere."""
+    n, _, height, width = images.shape
+    frames = torch.full((n, 3, height + 4, width + 4), 255, dtype=torch.uint8)
+    frames[marked.cpu(), 1:] = 0    # red: no green, no blue
+    frames[:, :, 2:-2, 2:-2] = images.cpu()
+    return frames
 
 
 def join_pngs(paths: list, path: Path):

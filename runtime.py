@@ -184,3 +184,6 @@ fraction = argument_type(lambda text: float(Fraction(text)), lambda x: 0 < x < 1
 positive_float = argument_type(float, lambda x: 0 < x < math.inf, "{} is not a positive number")
 positive_or_inf = argument_type(float, lambda x: x > 0, "{} is not a positive number, or inf")
 decay = argument_type(float, lambda x: 0 <= x < 1, "{} is not a number from 0 to below 1")
+step_or_share = argument_type(lambda text: float(Fraction(text)),
+                              lambda x: x >= 0 and (x < 1 or x == int(x)),
+                              "{} is neither a step nor a share of the steps, such as 1/2")

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from diffusion import GaussianDiffusion
-from images import no_pngs, save_grid, save_png, to_uint8
+from images import empty_png_folder, save_grid, save_png, to_uint8
 from pretrained import load_checkpoint, save_pretrained
 from runtime import compiled, default_dtype, device_flags, find_device, positive, ranks, read_checkpoint, seed
 from unet import UNet
@@ -95,7 +95,7 @@ def main():
     try:
         ckpt = read_checkpoint(args.ckpt)
         if args.out_dir:
-            no_pngs(args.out_dir, "--out_dir")    # before the ranks meet, so that none has written yet
+            empty_png_folder(args.out_dir, "--out_dir")    # before the ranks meet, so that none has written yet
         device = find_device(args.device)
         model, diffusion = open_model(ckpt, args, device)
         rank, world = ranks()

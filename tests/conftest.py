@@ -67,3 +67,23 @@ def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "results"
     flags = [*SMALL, "--pu_start", "1/2", "--max_steps", 30, "--log_interval", 10, "--sample_interval", 20, "--out_dir", folder]
     return folder, subprocess.run(command("train.py", *flags), stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def make_folder(root, n=200, broken=()):
+    """A data set of your own: real digits as PNG and JPEG, in subfolders of unlabeled/ (n images),
+    sensitive/ (n / 4) and normal_test/ (5). Those in unlabeled/ with numbers in `broken` are not
+    images."""
+    from PIL import Image
+
+    from data import load
+
+    digits = load("mnist").train[:, 0].numpy()
+    for part, count in [("unlabeled", n), ("sensitive", n // 4), ("normal_test", 5)]:
+        for i in range(count):
+            path = root / part / "ab"[i % 2] / f"{i:04d}.{['png', 'JPG'][i % 2]}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if part == "unlabeled" and i in broken:
+                path.write_bytes(b"\x89PNG\r\n broken")
+            else:
+                Image.fromarray(digits[i]).save(path, format=["PNG", "JPEG"][i % 2])
+    (root / "unlabeled" / "notes.txt").write_text("not an image, and not meant to be")

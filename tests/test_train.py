@@ -389,7 +389,7 @@ def altered(raw):
 @pytest.mark.parametrize("damage, words", [
     (lambda path: path.unlink(), "is missing"),
     (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is damaged"),
-    (lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-9])), "promises 60000 bytes of data, found 59991"),
+    (lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-9])), "has been altered"),
     (lambda path: path.write_bytes(gzip.compress(altered(gzip.decompress(path.read_bytes())))), "expected SHA-256 65a50cbb"),
 ])
 def test_bad_data_files_are_named(tmp_path, damage, words):

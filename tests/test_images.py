@@ -1,0 +1,52 @@
+"""Scaling for every byte; PNGs and grids read back pixel by pixel."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from images import empty_png_folder, save_grid, save_grids, save_png, to_float, to_uint8
+
+
+def test_scaling_and_back_for_every_byte():
+    byte = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_float(byte), byte.float() / 127.5 - 1)
+    assert torch.equal(to_uint8(to_float(byte)), byte)
+    assert to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_round_trip(tmp_path, channels):
+    image = torch.randint(256, (channels, 5, 7), dtype=torch.uint8)
+    save_png(image, tmp_path / "image")    # a PNG whatever its name
+    with Image.open(tmp_path / "image") as opened:
+        assert opened.format == "PNG"
+        pixels = torch.from_numpy(np.array(opened)).reshape(5, 7, channels)
+    assert torch.equal(pixels.permute(2, 0, 1), image)
+
+
+@pytest.mark.parametrize("n, rows, columns", [(1, 1, 1), (7, 3, 3), (64, 8, 8), (12, 3, 4)])
+def test_grid_places_every_image(tmp_path, n, rows, columns):
+    images = torch.randint(255, (n, 1, 4, 6), dtype=torch.uint8)
+    save_grid(images, tmp_path / "grid.png")
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / "grid.png")))
+    assert grid.shape == (rows * 5 - 1, columns * 7 - 1)
+    for i in range(rows * columns):
+        tile = grid[i // columns * 5:, i % columns * 7:][:4, :6]
+        assert torch.equal(tile, images[i, 0]) if i < n else (tile == 255).all()
+    assert (grid[4::5] == 255).all() and (grid[:, 6::7] == 255).all()    # the lines between them
+
+
+def test_grids_stand_side_by_side(tmp_path):
+    groups = [torch.full((n, 1, 4, 4), value, dtype=torch.uint8) for n, value in [(1, 0), (4, 9)]]
+    save_grids(groups, tmp_path / "grids.png")
+    pixels = np.array(Image.open(tmp_path / "grids.png"))
+    assert pixels.shape == (9, 4 + 12 + 9)
+    assert (pixels[:4, :4] == 0).all() and (pixels[4:, :4] == 255).all()
+    assert (pixels[:, 4:16] == 255).all() and (pixels[:4, 16:20] == 9).all()
+
+
+def test_a_folder_with_pngs_is_refused(tmp_path):
+    empty_png_folder(tmp_path / "a" / "b", "--out_dir")
+    (tmp_path / "a" / "b" / "0.png").touch()
+    with pytest.raises(ValueError, match="--out_dir .* already holds PNGs.*name an empty folder"):
+        empty_png_folder(tmp_path / "a" / "b", "--out_dir")
