@@ -2,7 +2,6 @@
 import csv
 import gzip
 import math
-import runpy
 import shutil
 import signal
 import subprocess
@@ -10,11 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, refused, run, torchrun
+from conftest import ROOT, SMALL, command, overhear, refused, run, torchrun
 from PIL import Image
 
 import data
-import diffusion
 import unet
 from images import to_uint8
 
@@ -43,20 +41,6 @@ def test_a_small_run_learns_and_leaves_everything_behind(small_run):
 def test_learning_rate_warms_up_then_falls_as_a_cosine(small_run):
     for row in read_log(small_run[0]):    # 5 steps of warm-up, 30 in all; the row's last step is number step - 1
         assert row["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1 - 5) / 25)))
-
-
-def overhear(monkeypatch, *flags):
-    """The loop in this process -> what each step showed to per_image_loss: x_0, t, eps."""
-    shown = []
-    per_image_loss = diffusion.GaussianDiffusion.per_image_loss
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(diffusion.GaussianDiffusion, "per_image_loss",
-                      lambda self, *args: shown.append([x.clone() for x in args[1:]]) or per_image_loss(self, *args))
-        patch.setattr("sys.argv", ["train.py", *map(str, [*SMALL, *flags])])
-        runpy.run_path(str(ROOT / "train.py"))
-    signal.signal(signal.SIGINT, handler)
-    return shown
 
 
 def test_what_the_loss_is_shown(tmp_path, monkeypatch):
