@@ -71,23 +71,19 @@ def judge(classifier: Classifier, images: torch.Tensor, several: bool = False) -
     return logits > 0 if several else logits.argmax(1), features.double()
 
 
-def cache_key(data: Images, hflip: bool) -> str:
-    """-> what tells judges apart: their definition, and the images and labels they learned from."""
-    return f"{JUDGE_VERSION} {hflip} {digest(data.train)} {digest(data.train_labels)}"
-
-
 def load_judge(data: Images, hflip: bool, cache: Path, device: torch.device) -> tuple:
     """-> the judge of a data set and its accuracy on the test images, from the cache. Where that is
     missing, damaged, or for another version or data, trains the judge and writes the cache."""
+    key = f"{JUDGE_VERSION} {hflip} {digest(data.train)} {digest(data.train_labels)}"
     try:
         saved = torch.load(cache, map_location="cpu", weights_only=True)
     except Exception:    # torch.load raises whatever its readers do
         saved = {"key": None}
-    if saved["key"] != cache_key(data, hflip):
+    if saved["key"] != key:
         print(f"training a classifier to judge by; it is kept in {cache}", file=sys.stderr)
         trained = train_judge(data.train, data.train_labels, hflip, device)
         classes, _ = judge(trained, data.test, data.test_labels.ndim == 2)
-        saved = {"key": cache_key(data, hflip), "model": trained.cpu().state_dict(),
+        saved = {"key": key, "model": trained.cpu().state_dict(),
                  "accuracy": float((classes == data.test_labels).float().mean())}
         try:
             write_whole(cache, lambda path: torch.save(saved, path))
@@ -182,45 +178,39 @@ def read_images(folder: Path, image_channels: int, image_size: int) -> torch.Ten
 
 def evaluate(args: argparse.Namespace):
     """The command. Raises ValueError and OSError, as runtime.exit_status expects."""
-    if (args.ckpt and args.images) or not (args.ckpt or args.images or args.export_real):
-        raise ValueError("give --ckpt or --images (one of them), or --export_real")
-    if args.n < 2:
-        raise ValueError("--n must be at least 2: FID needs a covariance")
-    if args.export_real:
-        no_pngs(args.export_real, "--export_real")    # before the ranks meet and the first writes
     ckpt = read_checkpoint(args.ckpt) if args.ckpt else None
-    run = ckpt["args"] if ckpt else {}
-    device = find_device(args.device)
-    rank, world = ranks()
-    if ckpt:
-        model, diffusion = open_model(ckpt, device)
-        if args.dataset not in (None, run["dataset"]):
-            raise ValueError(f"--dataset {args.dataset} is not what {args.ckpt} was trained on")
-        if run["dataset"] == "folder":
-            raise ValueError("a folder has no labels to judge by: use sample.py and an FID tool")
-
-    # the data set and the images
+    run = ckpt["args"] if ckpt else {}    # the flags of train.py
     name = args.dataset or run.get("dataset", "mnist")
+    if name != run.get("dataset", name):
+        raise ValueError(f"--dataset {name} is not what {args.ckpt} was trained on")
+    if name == "folder":
+        raise ValueError("a folder has no labels to judge by: use sample.py and an FID tool")
     info = DATASETS[name]
     sensitive = parse_classes(name, args.sensitive or run.get("sensitive", info["sensitive"]))
     out_dir = args.out_dir or (args.ckpt.parent if ckpt else Path())
     out_dir.mkdir(parents=True, exist_ok=True)
+    device = find_device(args.device)
     with first_rank_first():
         data = load(name, args.data_dir, args.image_size or run.get("image_size"),
                     args.channels or run.get("channels"))
     channels, size = data.train.shape[1:3]
-    if args.images:
-        images = read_images(args.images, channels, size)
-    if args.export_real and rank == 0:
+
+    # the images
+    if args.export_real:
+        no_pngs(args.export_real, "--export_real")
         normal = data.test[~has_class(data.test_labels, sensitive)]
         for i, image in enumerate(normal):
             save_png(image, args.export_real / f"{i:05d}.png")
         print(f"{len(normal)} real test normals: {args.export_real}")
+        return
     if ckpt:
-        images = draw(args, model, diffusion)
+        images = draw(args, *open_model(ckpt, device))
+    else:
+        images = read_images(args.images, channels, size)
+    rank, world = ranks()
     if world > 1:
         dist.destroy_process_group()
-    if rank > 0 or not (args.ckpt or args.images):
+    if rank > 0:
         return
 
     # the figures
@@ -249,9 +239,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="evaluate.py (--ckpt CKPT | --images FOLDER | --export_real FOLDER) [--flag ...]")
-    parser.add_argument("--ckpt", type=Path, help="sample from this checkpoint of train.py")
-    parser.add_argument("--images", type=Path, help="judge the PNGs in this folder instead")
-    parser.add_argument("--export_real", type=Path, help="folder to write the test normals to")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", type=Path, help="judge samples of this checkpoint of train.py")
+    what.add_argument("--images", type=Path, help="judge the PNGs in this folder")
+    what.add_argument("--export_real", type=Path, help="only write the test normals to this folder")
     parser.add_argument("--dataset", choices=LABELED, help="(default: the checkpoint's, or mnist)")
     parser.add_argument("--data_dir", type=Path, default=DATA_DIR, help="folder that holds mnist/")
     parser.add_argument("--image_size", type=int, help="for celeba (default: the checkpoint's)")

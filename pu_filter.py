@@ -4,21 +4,20 @@ Which images of U are probably sensitive? A positive-unlabeled (PU) classifier s
     python pu_filter.py --prior 0.5        # writes out/filter-mnist-0.5/scores.pt and a picture
     python train.py --prior 0.5 --scores out/filter-mnist-0.5/scores.pt
 
-This is not part of the default method, which trains on all of U and S. The filter is a tool that
-the user chooses, and a rival: sort U first, then train on the rest (--algorithm unsupervised).
+The default method trains on all of U and S. This filter is not part of it, but a tool that you may
+choose, and its rival: sort U first, then train on the rest (--algorithm unsupervised).
 
-The classifier needs no labeled normal image: it minimises the non-negative PU risk of Kiryo et al.
-2017 (arXiv:1703.00593), both classes weighted equally, or it would ignore a rare one (Su et al.,
-IJCAI 2021). Then it is trained from scratch twice more, on S and on the images of U that it was
-most certain of (self-training, Scudder 1965), which helps most where labels are few.
+The classifier needs no labeled normal image. It minimises the non-negative PU risk of Kiryo et al.
+2017 (arXiv:1703.00593), with equal weights for both classes (Su et al., IJCAI 2021), or it would
+ignore a rare one. Then it is trained from scratch twice more, on S and on the images of U that it
+was most certain of (self-training, Scudder 1965). That helps most where labels are few.
 
-U and S are cut into four folds; each is scored by a network trained on the other three, which has
-seen none of its images. So the filter passes the same fraction of S as of the sensitive images in
-U, and with kept(x) = 1 where x passes, else 0,
+U and S are cut into four folds, and a network that was trained on the other three scores each. It
+has seen none of these images, so it keeps the same fraction of S as of the sensitive images in U:
 
-    E_U[kept l] = prior E_S[kept l] + (1 - prior) E_N[kept l].
+    E_U[kept l] = prior E_S[kept l] + (1 - prior) E_N[kept l]        kept(x) is 1 or 0
 
-The PU risk on the kept images is therefore exact, with the prior times P_S(kept) / P_U(kept).
+So the PU risk on the kept images is exact, with a prior of prior * P_S(kept) / P_U(kept).
 """
 import argparse
 import math
@@ -89,9 +88,7 @@ def cross_scores(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor, prior: 
                  steps: int, device: torch.device) -> tuple:
     """images [N, C, H, W] uint8; u, s: indices of U and S in it; steps: of each training
     -> the logits of "sensitive" of U and of S, by networks trained on the other folds.
-    Raises ValueError for fewer images than folds, OSError where the training diverged."""
-    if min(len(u), len(s)) < FOLDS:
-        raise ValueError(f"U has {len(u)} images and S {len(s)}: they need at least {FOLDS} each")
+    Raises OSError where the training diverged."""
     z_u, z_s = torch.zeros(len(u)), torch.zeros(len(s))
     fold_u, fold_s = torch.randperm(len(u)) % FOLDS, torch.randperm(len(s)) % FOLDS
     for fold in range(FOLDS):
@@ -133,51 +130,21 @@ def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep
 # -----------------------------------------------------------------------------
 # the command
 
-def score_data(args: argparse.Namespace):
-    """The command. Raises ValueError and OSError, as runtime.exit_status expects."""
-    out_dir = args.out_dir or Path("out") / f"filter-{args.dataset}-{args.prior:.4g}"
-    path = out_dir / "scores.pt"
-    device = find_device(args.device)
-    if ranks()[1] > 1:
-        raise ValueError("pu_filter.py is one process, not for torchrun")
-    if path.exists():
-        raise ValueError(f"--out_dir {out_dir} already holds scores: name another folder")
-    data = load(args.dataset, args.data_dir, args.image_size, args.channels)
-    u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
-                    args.n_labeled, args.seed)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    hflip = DATASETS[args.dataset]["hflip"]
-    z_u, z_s = cross_scores(data.train, u, s, args.prior, hflip, args.steps, device)
-    scores = {"u": u, "s": s, "z_u": z_u, "z_s": z_s, "images": digest(data.train)}
-    write_whole(path, lambda part: torch.save(scores, part))
-
-    order = z_u.argsort()
-    n_kept = min(max(1, round((1 - args.prior) * len(u))), len(u) - 1)
-    halves = [u[order[n_kept:]], u[order[:n_kept]]]
-    some = [half[torch.randperm(len(half))[:64]] for half in halves]
-    save_grids([data.train[index] for index in some], out_dir / "dropped.png")
-    print_table(args, z_u, z_s, data.train_labels[u])
-    print(f"{out_dir / 'dropped.png'}: what --keep {1 - args.prior:.3g} drops, and what it keeps")
-    print(f"to use it: python train.py --scores {path}, with the same data flags")
-
-
 def print_table(args: argparse.Namespace, z_u: torch.Tensor, z_s: torch.Tensor, labels_u):
-    """Prints how clean U gets, estimated by S, and by the labels of U, where there are any."""
-    labeled = args.dataset != "folder"
-    if labeled:
-        sensitive = args.sensitive or DATASETS[args.dataset]["sensitive"]
-        is_sensitive = has_class(labels_u, parse_classes(args.dataset, sensitive)).float()
-    print("--keep   sensitive, by S   sensitive, by the labels   normal images kept")
+    """Prints what --keep does: the sensitive fraction of the kept images, estimated by S, and where
+    U has labels, the true fraction and the fraction of normal images that are kept."""
+    print(" --keep   sensitive, by S   sensitive, by labels   normal images kept")
     for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
         keep = share * (1 - args.prior)
         kept = z_u.argsort()[:max(1, round(keep * len(z_u)))]
         passed = (z_s <= z_u[kept[-1]]).float().mean()
-        row = [keep, args.prior * passed / keep]
-        if labeled:
-            normal = 1 - is_sensitive
-            row += [is_sensitive[kept].mean(), normal[kept].sum() / normal.sum()]
-        print("   ".join(f"{value:.4f}" for value in row))
+        line = f"{keep:7.3f}   {args.prior * passed / keep:15.4f}"
+        if args.dataset != "folder":
+            classes = args.sensitive or DATASETS[args.dataset]["sensitive"]
+            normal = (~has_class(labels_u, parse_classes(args.dataset, classes))).float()
+            line += f"   {1 - normal[kept].mean():20.4f}"
+            line += f"   {normal[kept].sum() / normal.sum():18.4f}"
+        print(line)
 
 
 def main():
@@ -189,8 +156,34 @@ def main():
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--out_dir", type=Path, help="(default: out/filter-DATASET-PRIOR)")
     args = parser.parse_args()
+    out_dir = args.out_dir or Path("out") / f"filter-{args.dataset}-{args.prior:.4g}"
+    path = out_dir / "scores.pt"
     with exit_status(parser):
-        score_data(args)
+        device = find_device(args.device)
+        if ranks()[1] > 1:
+            raise ValueError("pu_filter.py is one process, not for torchrun")
+        if path.exists():
+            raise ValueError(f"--out_dir {out_dir} already holds scores: name another folder")
+        data = load(args.dataset, args.data_dir, args.image_size, args.channels)
+        u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
+                        args.n_labeled, args.seed)
+        if min(len(u), len(s)) < FOLDS:
+            raise ValueError(f"U has {len(u)} images and S {len(s)}: they need at least {FOLDS}")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(args.seed)
+        hflip = DATASETS[args.dataset]["hflip"]
+        z_u, z_s = cross_scores(data.train, u, s, args.prior, hflip, args.steps, device)
+        scores = {"u": u, "s": s, "z_u": z_u, "z_s": z_s, "images": digest(data.train)}
+        write_whole(path, lambda part: torch.save(scores, part))
+
+        order = z_u.argsort()
+        n_kept = min(max(1, round((1 - args.prior) * len(u))), len(u) - 1)
+        halves = [u[order[n_kept:]], u[order[:n_kept]]]
+        some = [half[torch.randperm(len(half))[:64]] for half in halves]
+        save_grids([data.train[index] for index in some], out_dir / "dropped.png")
+    print_table(args, z_u, z_s, data.train_labels[u])
+    print(f"{out_dir / 'dropped.png'}: what --keep {1 - args.prior:.3g} drops, and what it keeps")
+    print(f"to use it: python train.py --scores {path}, with the same data flags")
 
 
 if __name__ == "__main__":

@@ -41,43 +41,33 @@ def open_model(ckpt: dict, device: torch.device) -> tuple:
 
 @torch.no_grad()
 def draw(args, model, diffusion, out_dir: Path = None) -> torch.Tensor:
-    """-> args.n images [N, C, H, W] uint8 on the CPU, which also go to out_dir, if given, as PNGs.
-    Ranks share the batches; the first rank returns all images, the others None."""
+    """Samples args.n images, which also go to out_dir as PNGs, if it is given. Ranks take turns to
+    sample a batch. -> all images [N, C, H, W] uint8 on the CPU, on every rank"""
     device, config = next(model.parameters()).device, model.config
-    shape = (config.image_channels, config.image_size, config.image_size)
-    dtype = getattr(torch, args.dtype or runtime.default_dtype(device))
+    shape = (args.n, config.image_channels, config.image_size, config.image_size)
+    images = torch.zeros(shape, dtype=torch.uint8, device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
+    dtype = getattr(torch, args.dtype or runtime.default_dtype(device))
     rank, world = runtime.ranks()
-    verbose = sys.stderr.isatty()
-    batches = {}    # of this rank, by the number of the first image
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if args.compile:
-            x = torch.zeros(min(args.n, args.batch_size), *shape, device=device)
+            x = torch.zeros_like(images[:args.batch_size], dtype=torch.float32)
             t = torch.zeros(len(x), dtype=torch.long, device=device)
             model = runtime.compiled(model, lambda fast: fast(x, t))
-        for first in range(0, args.n, args.batch_size):
-            n = min(args.batch_size, args.n - first)
-            mine = first // args.batch_size % world == rank
-            # a batch of another rank costs nothing, but takes its noise from the generator
-            x = diffusion.sample(model if mine else lambda x, t: x, (n, *shape), args.steps,
-                                 args.sampler, generator=generator, progress=mine and verbose)
-            if not mine:
-                continue
-            batches[first] = to_uint8(x).cpu()
-            if out_dir:
-                for i, image in enumerate(batches[first], start=first):
+        for number, batch in enumerate(images.split(args.batch_size)):
+            mine = number % world == rank
+            # the batch of another rank costs nothing here, but takes its noise from the generator
+            network = model if mine else lambda x, t: x
+            x = diffusion.sample(network, batch.shape, args.steps, args.sampler,
+                                 generator=generator, progress=mine and sys.stderr.isatty())
+            if mine:
+                batch.copy_(to_uint8(x))
+            if mine and out_dir:
+                for i, image in enumerate(batch.cpu(), start=number * args.batch_size):
                     save_png(image, out_dir / f"{i:05d}.png")
-            if verbose:
-                print(f"{first + n} of {args.n} images", file=sys.stderr)
-
-    gathered = [batches]
     if world > 1:
-        gathered = [None] * world
-        dist.gather_object(batches, gathered if rank == 0 else None)
-    if rank > 0:
-        return None
-    batches = {first: batch for part in gathered for first, batch in part.items()}
-    return torch.cat([batches[first] for first in sorted(batches)])
+        dist.all_reduce(images)    # each image is zero on all ranks but one
+    return images.cpu()
 
 
 def main():
@@ -87,13 +77,12 @@ def main():
     parser.add_argument("--ckpt", type=Path, required=True, help="the ckpt.pt of a training run")
     parser.add_argument("--grid", type=Path, help="PNG of all images (default: samples.png)")
     parser.add_argument("--out_dir", type=Path, help="folder for 00000.png, 00001.png, ...")
-    parser.add_argument("--save_diffusers", type=Path,
-                        help="folder for the model in the diffusers format")
+    parser.add_argument("--save_diffusers", type=Path, help="folder for the model itself")
     sampling_flags(parser, n=64)
     args = parser.parse_args()
-    if not (args.grid or args.out_dir or args.save_diffusers):
-        args.grid = Path("samples.png")
     with runtime.exit_status(parser):
+        if not (args.grid or args.out_dir or args.save_diffusers):
+            args.grid = Path("samples.png")
         ckpt = runtime.read_checkpoint(args.ckpt)
         if args.out_dir:
             no_pngs(args.out_dir, "--out_dir")    # before the ranks meet and one of them writes
@@ -103,10 +92,10 @@ def main():
         rank, world = runtime.ranks()
         model, diffusion = open_model(ckpt, device)
         if args.save_diffusers and rank == 0:
-            if args.save_diffusers.is_dir() and any(args.save_diffusers.iterdir()):
+            if any(args.save_diffusers.glob("*")):
                 raise ValueError(f"--save_diffusers {args.save_diffusers} is not empty")
             save_pretrained(model, diffusion, args.save_diffusers)
-            print(f"the model, in the diffusers format: {args.save_diffusers}")
+            print(f"{args.save_diffusers}: the model, in the diffusers format")
         if args.grid:
             args.grid.parent.mkdir(parents=True, exist_ok=True)    # fails now, not after sampling
         if args.grid or args.out_dir:
@@ -114,8 +103,7 @@ def main():
             if args.grid and rank == 0:
                 save_grid(images, args.grid)
             if rank == 0:
-                places = " and ".join(str(path) for path in (args.grid, args.out_dir) if path)
-                print(f"{args.n} images by {args.steps} steps of {args.sampler}: {places}")
+                print(f"{args.n} images, by {args.sampler}: {args.grid or args.out_dir}")
         if world > 1:
             dist.destroy_process_group()
 
