@@ -5,8 +5,8 @@ A small convolutional classifier and its training, for the judge and the filter.
     train_classifier(model, batch_loss, steps=1500, lr=4e-3)    # batch_loss(step) -> a scalar
     logits, features = predict(model, images.split(500))        # images [N, C, H, W] uint8
 
-All published figures come from one judge (evaluate.py). Whoever changes its layers or its training
-raises JUDGE_VERSION there. The filter is pu_filter.py.
+All published figures come from the judge in evaluate.py. If you change its layers or training,
+raise JUDGE_VERSION there. The filter is in pu_filter.py.
 """
 import sys
 import time

@@ -1,18 +1,18 @@
 """
 Does it work? How many generated images are not sensitive, and how good are they?
 
-    python evaluate.py --ckpt out/mnist-pu-0.5/ckpt.pt                      # of 5,000 new images
-    python evaluate.py --images samples/ --dataset mnist --sensitive odd    # of PNGs of any origin
-    python evaluate.py --export_real real/ --dataset mnist                  # test normals, as PNGs
+    python evaluate.py --ckpt out/mnist-pu-0.5/ckpt.pt                      # samples 5,000 images
+    python evaluate.py --images samples/ --dataset mnist --sensitive odd    # PNGs from anywhere
+    python evaluate.py --export_real real/ --dataset mnist                  # writes test normals
 
-The judge is a small network, trained on the real labels and kept beside the data set. It gives
+The judge is a small network, trained on the real labels and kept beside the data set. It measures
 
     non-sensitive rate   the share of images that it assigns to no sensitive class (Takahashi et al.
                          2025, section 5)
-    FID                  the Frechet distance (Heusel et al. 2017, arXiv:1706.08500) between the
-                         images and the test normals, in its features. These are not Inception's:
-                         do not compare with FIDs of papers. The floor is the FID of as many real
-                         training normals.
+    FID                  the Frechet distance between the images and the test normals (Heusel et al.
+                         2017, arXiv:1706.08500), in the judge's features. Do not compare it with
+                         the FIDs of papers, which use those of Inception. The floor is the FID of
+                         as many real training normals.
 
 The last line printed is JSON and holds all figures.
 """
@@ -149,9 +149,9 @@ def measure(classifier: Classifier, images: torch.Tensor, data: Images, sensitiv
 LABELED = [name for name in DATASETS if name != "folder"]
 TRAINED = ["algorithm", "prior", "n_labeled", "model", "init_from", "dtype"]    # flags of train.py
 REPORT = """\
-judged by a classifier that is right on {classifier_accuracy:.2%} of the test labels, takes \
-{false_alarms:.2%} of the normal images
-for sensitive and {misses:.2%} of the sensitive ones for normal: no rate is known better than that
+judge               right on {classifier_accuracy:.2%} of the test labels; takes {false_alarms:.2%} \
+of the normal images
+                    for sensitive and {misses:.2%} of the sensitive ones for normal
 non-sensitive rate  {rate:.4f}, 95 % interval {rate_low:.4f} to {rate_high:.4f}, of {n:,} images
 FID                 {fid:.2f} in the judge's features, not Inception's; floor {fid_floor:.2f}"""
 
@@ -229,7 +229,7 @@ def evaluate(args: argparse.Namespace):
         bar = "#" * round(40 * count / max(1, *figures["classes"]))
         mark = "sensitive" if i in sensitive else ""
         if count or data.test_labels.ndim == 1:    # of the attributes of faces, those that occur
-            print(f"{info['classes'][i]:>20} {count:6d} {bar} {mark}")
+            print(f"{info['classes'][i]:>20} {mark:9} {count:6d} {bar}")
     save_grid(framed(images[:100], is_sensitive[:100]), out_dir / "evaluation.png")
     print(f"{out_dir / 'evaluation.png'}: up to 100 images, those judged sensitive framed in red")
     print(json.dumps(figures))
