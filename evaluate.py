@@ -149,9 +149,8 @@ def measure(classifier: Classifier, images: torch.Tensor, data: Images, sensitiv
 LABELED = [name for name in DATASETS if name != "folder"]
 TRAINED = ["algorithm", "prior", "n_labeled", "model", "init_from", "dtype"]    # flags of train.py
 REPORT = """\
-judge               right on {classifier_accuracy:.2%} of the test labels; takes {false_alarms:.2%} \
-of the normal images
-                    for sensitive and {misses:.2%} of the sensitive ones for normal
+judge               right on {classifier_accuracy:.2%} of the test labels; false alarms on
+                    {false_alarms:.2%} of the normal images, misses {misses:.2%} of the sensitive
 non-sensitive rate  {rate:.4f}, 95 % interval {rate_low:.4f} to {rate_high:.4f}, of {n:,} images
 FID                 {fid:.2f} in the judge's features, not Inception's; floor {fid_floor:.2f}"""
 
