@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import diffusion
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -87,3 +89,30 @@ def make_folder(root, n=200, broken=()):
             else:
                 Image.fromarray(digits[i]).save(path, format=["PNG", "JPEG"][i % 2])
     (root / "unlabeled" / "notes.txt").write_text("not an image, and not meant to be")
+
+
+def overhear(monkeypatch, *flags):
+    """Runs train.py in this process -> what each step showed to per_image_loss: x_0, t, eps."""
+    shown = []
+    per_image_loss = diffusion.GaussianDiffusion.per_image_loss
+    handler = signal.getsignal(signal.SIGINT)
+
+    def listening(self, model, *args):
+        shown.append([x.clone() for x in args])
+        return per_image_loss(self, model, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion.GaussianDiffusion, "per_image_loss", listening)
+        patch.setattr("sys.argv", ["train.py", *map(str, [*SMALL, *flags])])
+        runpy.run_path(str(ROOT / "train.py"))
+    signal.signal(signal.SIGINT, handler)
+    return shown
+
+
+@pytest.fixture(scope="session")
+def scores(tmp_path_factory):
+    """The filter on real digits, by very short trainings -> its file, and what it printed."""
+    folder = tmp_path_factory.mktemp("filter")
+    flags = ["--prior", "0.5", "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 20]
+    printed = run("pu_filter.py", *flags, "--device", "cpu", "--out_dir", folder).stdout
+    return folder / "scores.pt", printed

@@ -10,8 +10,8 @@ from PIL import Image
 
 import data
 import evaluate
+from evaluate import frechet_distance, judge, load_judge, train_judge, wilson
 from images import framed, save_png
-from evaluate import cache_key, frechet_distance, load_classifier, look, train_classifier, wilson
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def mnist():
     return data.load("mnist")
 
 
-def judge(*flags):
+def figures_of(*flags):
     """-> the figures in the command's last line, and all that it printed"""
     printed = run("evaluate.py", "--device", "cpu", *flags).stdout
     return json.loads(printed.splitlines()[-1]), printed
@@ -40,32 +40,36 @@ def write(images, folder):
 @pytest.mark.parametrize("successes, n", [(50, 100), (1, 30), (4990, 5000), (7, 8)])
 def test_both_ends_of_the_interval_are_1_96_standard_errors_away(successes, n):
     for p in wilson(successes, n):
-        assert abs(successes / n - p) == pytest.approx(1.959964 * (p * (1 - p) / n) ** 0.5, rel=1e-9)
+        standard_error = (p * (1 - p) / n) ** 0.5
+        assert abs(successes / n - p) == pytest.approx(1.959964 * standard_error, rel=1e-9)
     low, high = wilson(successes, n)
     assert low < successes / n < high
 
 
 def test_the_interval_where_all_or_none_succeed():
-    assert wilson(0, 10) == pytest.approx((0, 1.959964 ** 2 / (10 + 1.959964 ** 2)))    # z^2 / (n + z^2)
-    assert wilson(10, 10) == pytest.approx((10 / (10 + 1.959964 ** 2), 1))
+    z_squared = 1.959964 ** 2
+    assert wilson(0, 10) == pytest.approx((0, z_squared / (10 + z_squared)))
+    assert wilson(10, 10) == pytest.approx((10 / (10 + z_squared), 1))
 
 
 # -----------------------------------------------------------------------------
 # FID
 
 def with_moments(mean, root, n=50):
-    """A sample whose mean and covariance, root root^T, are exact."""
-    white = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    """-> n rows whose mean and covariance, root root^T, are exact"""
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(n, len(mean), dtype=torch.float64, generator=generator)
     white = torch.linalg.qr(white - white.mean(0)).Q * (n - 1) ** 0.5
     return white @ root.T + mean
 
 
 def test_frechet_distance_of_gaussians_in_closed_form():
-    mean, a, b = torch.tensor([[1.0, -2, 0.5, 3], [2, 0.3, 1, 0.1], [1, 4, 0.2, 0.7]], dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
-    f = with_moments(mean, rotation @ a.diag())    # commuting covariances: |mean difference|^2 + sum (a - b)^2
+    mean, a, b = torch.tensor([[1, -2, 0.5, 3], [2, 0.3, 1, 0.1], [1, 4, 0.2, 0.7]]).double()
+    generator = torch.Generator().manual_seed(1)
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator)).Q
+    f = with_moments(mean, rotation @ a.diag())    # commuting covariances:
     g = with_moments(torch.zeros(4).double(), rotation @ b.diag(), n=70)
-    expected = mean.square().sum() + (a - b).square().sum()
+    expected = mean.square().sum() + (a - b).square().sum()    # |mean difference|^2 + sum (a - b)^2
     assert frechet_distance(f, g) == pytest.approx(float(expected), rel=1e-12)
     assert frechet_distance(g, f) == pytest.approx(float(expected), rel=1e-12)
     assert frechet_distance(f, f) == pytest.approx(0, abs=1e-10)
@@ -76,13 +80,14 @@ def test_frechet_distance_where_covariances_do_not_commute():
     """Two variables: tr (A B)^(1/2) = sqrt(tr(A B) + 2 sqrt(det(A B)))."""
     A, B = torch.tensor([[[2.0, 0.5], [0.5, 1]], [[1, -0.8], [-0.8, 3]]], dtype=torch.float64)
     zero = torch.zeros(2).double()
-    f, g = with_moments(zero, torch.linalg.cholesky(A)), with_moments(zero, torch.linalg.cholesky(B))
+    f, g = (with_moments(zero, torch.linalg.cholesky(cov)) for cov in (A, B))
     expected = A.trace() + B.trace() - 2 * ((A @ B).trace() + 2 * (A @ B).det().sqrt()).sqrt()
     assert frechet_distance(f, g) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_frechet_distance_against_scipy():
-    """Constants by numpy.cov and scipy.linalg.sqrtm of SciPy 1.17.1. Of 5 rows the covariance is singular."""
+    """The constants are by numpy.cov and scipy.linalg.sqrtm of SciPy 1.17.1.
+    The covariance of 5 rows is singular."""
     i, j = np.arange(40)[:, None], np.arange(6)[None]
     f = torch.from_numpy(np.sin(1.3 * i + 0.7 * j * j) + 0.2 * j)
     g = torch.from_numpy(np.cos(0.9 * i * (j + 1)) * (1 + 0.3 * j) - 0.1 * i / 40)
@@ -95,17 +100,17 @@ def test_frechet_distance_against_scipy():
 # -----------------------------------------------------------------------------
 # the judge
 
-def test_the_classifier_in_the_repository_belongs_to_this_code_and_is_good(mnist):
+def test_the_judge_in_the_repository_belongs_to_this_code_and_is_good(mnist, monkeypatch):
     cache = ROOT / "data" / "mnist" / "classifier_28x1.pt"
-    assert torch.load(cache)["key"] == cache_key(mnist, False), "delete it, and let evaluate.py train it again"
-    classifier, accuracy = load_classifier(mnist, False, cache, CPU)
-    verdicts, _ = look(classifier, mnist.test)
-    assert accuracy == pytest.approx(float((verdicts == mnist.test_labels).float().mean()), abs=2e-4)
+    monkeypatch.setattr(evaluate, "train_judge", None)    # it must not be needed
+    classifier, accuracy = load_judge(mnist, False, cache, CPU)
+    classes, _ = judge(classifier, mnist.test)
+    assert accuracy == pytest.approx(float((classes == mnist.test_labels).float().mean()), abs=2e-4)
     assert accuracy >= 0.993
 
 
 def toy(several):
-    """8x8 images, bright above (class 1) or not (class 0) and, where they have several classes, bright below (class 2)."""
+    """8x8 images, bright above (class 1) or not (class 0) and, with several, below (class 2)."""
     generator = torch.Generator().manual_seed(0)
     above, below = (torch.rand(600, generator=generator) < 0.5 for _ in range(2))
     images = torch.randint(100, (600, 1, 8, 8), dtype=torch.uint8, generator=generator)
@@ -116,25 +121,36 @@ def toy(several):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_classifier_is_trained_kept_and_trained_again_where_the_data_changed(tmp_path, monkeypatch, several):
+def test_a_judge_is_trained_kept_and_trained_again_where_needed(tmp_path, monkeypatch, several):
     calls, cache, toys = [], tmp_path / "classifier.pt", toy(several)
-    monkeypatch.setattr(evaluate, "train_classifier", lambda *args: calls.append(1) or train_classifier(*args))
-    first, accuracy = load_classifier(toys, False, cache, CPU)
-    verdicts, features = look(first, toys.test, several)
-    assert accuracy == (verdicts == toys.test_labels).float().mean() > 0.98 and features.dtype == torch.float64
-    again, accuracy_again = load_classifier(toys, False, cache, CPU)
+
+    def counted(*args):
+        calls.append(args)
+        return train_judge(*args)
+
+    monkeypatch.setattr(evaluate, "train_judge", counted)
+    first, accuracy = load_judge(toys, False, cache, CPU)
+    classes, features = judge(first, toys.test, several)
+    assert accuracy == (classes == toys.test_labels).float().mean() > 0.98
+    assert features.dtype == torch.float64
+    again, accuracy_again = load_judge(toys, False, cache, CPU)
     assert len(calls) == 1 and accuracy_again == accuracy
-    assert torch.equal(look(again, toys.test, several)[1], features)
+    assert torch.equal(judge(again, toys.test, several)[1], features)
     toys.train[0, 0, 0, 0] += 1    # one pixel
-    load_classifier(toys, False, cache, CPU)
+    load_judge(toys, False, cache, CPU)
     assert len(calls) == 2
-    load_classifier(toys, True, cache, CPU)    # another way to train
+    load_judge(toys, True, cache, CPU)    # another way to train
     assert len(calls) == 3
     cache.write_bytes(cache.read_bytes()[:100])
-    load_classifier(toys, True, cache, CPU)
+    load_judge(toys, True, cache, CPU)
     assert len(calls) == 4
-    load_classifier(toys, True, tmp_path / "nowhere" / "classifier.pt", CPU)    # cannot be kept there
+    load_judge(toys, True, tmp_path / "nowhere" / "classifier.pt", CPU)    # cannot be kept there
     assert len(calls) == 5
+    load_judge(toys, True, cache, CPU)
+    assert len(calls) == 5
+    monkeypatch.setattr(evaluate, "JUDGE_VERSION", evaluate.JUDGE_VERSION + 1)
+    load_judge(toys, True, cache, CPU)
+    assert len(calls) == 6
 
 
 # -----------------------------------------------------------------------------
@@ -149,21 +165,26 @@ def test_real_images(mnist, tmp_path):
     figures = {}
     for name, images in {"normal": normal, "sensitive": sensitive, "mix": mix}.items():
         folder = write(images, tmp_path / name)
-        figures[name], printed = judge("--images", folder, "--out_dir", tmp_path)
+        figures[name], printed = figures_of("--images", folder, "--out_dir", tmp_path)
         assert figures[name]["n"] == sum(figures[name]["classes"]) == 1000
     normal, sensitive, mix = figures.values()
     assert normal["rate"] > 0.99 and sensitive["rate"] < 0.01 and abs(mix["rate"] - 0.5) < 0.01
-    assert mix["rate_low"] < mix["rate"] < mix["rate_high"] and mix["rate_high"] - mix["rate_low"] < 0.07
+    assert mix["rate_low"] < mix["rate"] < mix["rate_high"] < mix["rate_low"] + 0.07
     assert 0 < normal["fid"] < 2 * normal["fid_floor"] < mix["fid"] / 5 < sensitive["fid"] / 10
-    assert normal["classifier_accuracy"] >= 0.993 and normal["false_alarms"] < 0.01 and normal["misses"] < 0.01
-    assert f"non-sensitive rate  {mix['rate']:.4f}, 95 % interval" in printed and "not Inception" in printed
+    assert normal["classifier_accuracy"] >= 0.993
+    assert normal["false_alarms"] < 0.01 and normal["misses"] < 0.01
+    assert f"non-sensitive rate  {mix['rate']:.4f}, 95 % interval" in printed
+    assert "not Inception" in printed
 
-    grid = torch.from_numpy(np.array(Image.open(tmp_path / "evaluation.png")))    # of the mix: every other one framed
+    # the picture of the mix: every other image is framed
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / "evaluation.png")))
     assert grid.shape == (10 * 33 - 1, 10 * 33 - 1, 3)
-    red = [bool((grid[r * 33, c * 33:][:32] == torch.tensor([255, 0, 0])).all()) for r in range(10) for c in range(10)]
-    assert sum(is_red != (i % 2 == 1) for i, is_red in enumerate(red)) <= 2    # the classifier may err
+    edges = [grid[r * 33, c * 33:][:32] for r in range(10) for c in range(10)]
+    red = [bool((edge == torch.tensor([255, 0, 0])).all()) for edge in edges]
+    assert sum(is_red != (i % 2 == 1) for i, is_red in enumerate(red)) <= 2    # the judge may err
 
-    other, _ = judge("--images", tmp_path / "mix", "--sensitive", "even", "--out_dir", tmp_path)
+    other, _ = figures_of("--images", tmp_path / "mix", "--sensitive", "even",
+                          "--out_dir", tmp_path)
     assert other["rate"] == pytest.approx(1 - mix["rate"])
 
 
@@ -172,34 +193,44 @@ def test_images_with_several_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: toys)
     write(toys.test, tmp_path / "pngs")
     (tmp_path / "celeba").mkdir()
-    figures, printed = judge("--images", tmp_path / "pngs", "--dataset", "celeba", "--sensitive", "arched_eyebrows",    # class 1
-                             "--data_dir", tmp_path, "--out_dir", tmp_path)
+    figures, printed = figures_of("--images", tmp_path / "pngs", "--dataset", "celeba",
+                                  "--sensitive", "arched_eyebrows",    # class 1
+                                  "--data_dir", tmp_path, "--out_dir", tmp_path)
     truth = toys.test_labels.float().mean(0)
-    assert figures["rate"] == pytest.approx(1 - float(truth[1]), abs=0.02) and figures["sensitive"] == [1]
+    assert figures["rate"] == pytest.approx(1 - float(truth[1]), abs=0.02)
+    assert figures["sensitive"] == [1]
     assert [n / 200 for n in figures["classes"]] == pytest.approx(truth.tolist(), abs=0.02)
-    assert figures["misses"] < 0.03 and figures["false_alarms"] < 0.03 and (tmp_path / "celeba" / "classifier_8x1.pt").exists()
+    assert figures["misses"] < 0.03 and figures["false_alarms"] < 0.03
+    assert (tmp_path / "celeba" / "classifier_8x1.pt").exists()
 
 
 def test_red_frames_land_where_they_belong():
     images = torch.arange(3 * 4, dtype=torch.uint8).view(3, 1, 2, 2)
     out = framed(images, torch.tensor([True, False, True]))
-    assert out.shape == (3, 3, 6, 6) and torch.equal(out[:, :, 2:4, 2:4], images.expand(-1, 3, -1, -1))
+    assert out.shape == (3, 3, 6, 6)
+    assert torch.equal(out[:, :, 2:4, 2:4], images.expand(-1, 3, -1, -1))
     border = torch.ones(6, 6, dtype=torch.bool)
     border[2:4, 2:4] = False
     for image, colour in zip(out, [[255, 0, 0], [255, 255, 255], [255, 0, 0]]):
-        assert torch.equal(image[:, border], torch.tensor(colour, dtype=torch.uint8)[:, None].expand(3, 32))
+        expected = torch.tensor(colour, dtype=torch.uint8)[:, None].expand(3, 32)
+        assert torch.equal(image[:, border], expected)
 
 
 def test_a_checkpoint_and_the_images_sampled_from_it_are_judged_alike(small_run, tmp_path):
     flags = ["--n", 9, "--steps", 2, "--batch_size", 4, "--seed", 5]
     shutil.copytree(small_run[0], tmp_path / "run")
     ckpt = tmp_path / "run" / "ckpt.pt"
-    figures, _ = judge("--ckpt", ckpt, *flags)
+    figures, _ = figures_of("--ckpt", ckpt, *flags)
     assert Image.open(tmp_path / "run" / "evaluation.png").size == (3 * 33 - 1, 3 * 33 - 1)
-    assert figures["algorithm"] == "pu" and figures["prior"] == figures["loss_prior"] == 0.5 and figures["train_steps"] == 30
-    assert figures["train_seconds"] > 0 and figures["sensitive"] == [1, 3, 5, 7, 9] and figures["n"] == 9
+    assert figures["algorithm"] == "pu" and figures["prior"] == figures["loss_prior"] == 0.5
+    assert figures["train_steps"] == 30 and figures["train_seconds"] > 0
+    assert figures["sensitive"] == [1, 3, 5, 7, 9] and figures["n"] == 9
+    assert figures.keys() == set(
+        "dataset sensitive algorithm prior n_labeled model init_from dtype loss_prior train_seed "
+        "train_steps train_seconds n sampler steps seed rate rate_low rate_high fid fid_floor "
+        "classes classifier_accuracy false_alarms misses".split())
     run("sample.py", "--ckpt", ckpt, *flags, "--device", "cpu", "--out_dir", tmp_path / "pngs")
-    same, _ = judge("--images", tmp_path / "pngs", "--seed", 5, "--out_dir", tmp_path)
+    same, _ = figures_of("--images", tmp_path / "pngs", "--seed", 5, "--out_dir", tmp_path)
     for key in ["rate", "rate_low", "fid", "fid_floor", "classes"]:
         assert figures[key] == same[key]
 
@@ -218,26 +249,29 @@ def test_images_that_cannot_be_judged(mnist, tmp_path):
     write(mnist.test[:3], tmp_path / "pngs")
     Image.new("L", (32, 28)).save(tmp_path / "pngs" / "wide.png")
     refused(1, "wide.png has 32x28 pixels, the data set has 28x28", *flags)
-    (tmp_path / "pngs" / "half.png").write_bytes((tmp_path / "pngs" / "00001.png").read_bytes()[:90])
+    half = (tmp_path / "pngs" / "00001.png").read_bytes()[:90]
+    (tmp_path / "pngs" / "half.png").write_bytes(half)
     refused(1, "half.png cannot be read as an image", *flags)
     for path in (tmp_path / "pngs").iterdir():
         path.unlink()
-    refused(1, "pngs holds no PNGs", *flags)
-    write(mnist.test[:1], tmp_path / "one")
-    refused(1, "at least two images", "evaluate.py", "--images", tmp_path / "one", "--out_dir", tmp_path)
+    refused(1, "pngs holds 0 PNGs: FID needs at least two", *flags)
+    write(mnist.test[:1], tmp_path / "pngs" / "one")
+    refused(1, "one holds 1 PNGs: FID needs at least two", "evaluate.py", "--images",
+            tmp_path / "pngs" / "one", "--out_dir", tmp_path)
     assert not (tmp_path / "evaluation.png").exists()
-    Image.fromarray(np.full((28, 28), 32896, np.uint16)).save(tmp_path / "one" / "00000.png")    # 128, in 16 bits
-    assert (evaluate.read_images(tmp_path / "one", 1, 28) == 128).all()
+    for i in range(2):    # 128, in 16 bits
+        Image.fromarray(np.full((28, 28), 32896, np.uint16)).save(tmp_path / "pngs" / f"{i}.png")
+    assert (evaluate.read_images(tmp_path / "pngs", 1, 28) == 128).all()
 
 
 def test_bad_command_lines(small_run, tmp_path):
     ckpt = small_run[0] / "ckpt.pt"
-    refused(2, "give --ckpt or --images", "evaluate.py")
-    refused(2, "give --ckpt or --images", "evaluate.py", "--ckpt", ckpt, "--images", tmp_path)
+    refused(2, "one of the arguments --ckpt --images --export_real is required", "evaluate.py")
+    refused(2, "not allowed with", "evaluate.py", "--ckpt", ckpt, "--images", tmp_path)
     refused(2, "is not what", "evaluate.py", "--ckpt", ckpt, "--dataset", "cifar10")
-    refused(2, "--steps 1001 is more than", "evaluate.py", "--ckpt", ckpt, "--steps", 1001)
+    refused(2, "steps must be 1 to 1000, not 1001", "evaluate.py", "--ckpt", ckpt, "--steps", 1001)
     refused(2, "--n: 0 is not a positive", "evaluate.py", "--ckpt", ckpt, "--n", 0)
-    refused(2, "--n must be at least 2", "evaluate.py", "--ckpt", ckpt, "--n", 1)
+    refused(2, "FID needs at least two images", "evaluate.py", "--ckpt", ckpt, "--n", 1)
     refused(1, "does not exist", "evaluate.py", "--ckpt", tmp_path / "ckpt.pt")
 
 

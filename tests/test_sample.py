@@ -16,8 +16,10 @@ def sample(*flags, **kwargs):
 
 def test_grid_and_folder_hold_the_same_images(small_run, tmp_path):
     ckpt = small_run[0] / "ckpt.pt"
-    sample("--ckpt", ckpt, "--n", 5, "--batch_size", 2, "--grid", tmp_path / "g" / "grid.png", "--out_dir", tmp_path / "pngs")
-    assert sorted(path.name for path in (tmp_path / "pngs").iterdir()) == [f"{i:05d}.png" for i in range(5)]
+    sample("--ckpt", ckpt, "--n", 5, "--batch_size", 2,
+           "--grid", tmp_path / "g" / "grid.png", "--out_dir", tmp_path / "pngs")
+    names = sorted(path.name for path in (tmp_path / "pngs").iterdir())
+    assert names == [f"{i:05d}.png" for i in range(5)]
     grid = pixels(tmp_path / "g" / "grid.png")
     assert grid.shape == (2 * 29 - 1, 3 * 29 - 1)
     for i in range(5):
@@ -27,7 +29,8 @@ def test_grid_and_folder_hold_the_same_images(small_run, tmp_path):
 
 
 def test_two_ranks_draw_what_one_draws(small_run, tmp_path):
-    flags = ["--ckpt", small_run[0] / "ckpt.pt", "--device", "cpu", "--steps", 3, "--n", 7, "--batch_size", 2]
+    flags = ["--ckpt", small_run[0] / "ckpt.pt", "--device", "cpu", "--steps", 3, "--n", 7,
+             "--batch_size", 2]
     run("sample.py", *flags, "--grid", tmp_path / "one.png", "--out_dir", tmp_path / "one")
     torchrun("sample.py", *flags, "--grid", tmp_path / "two.png", "--out_dir", tmp_path / "two")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
@@ -38,8 +41,10 @@ def test_two_ranks_draw_what_one_draws(small_run, tmp_path):
 
 def test_half_precision_draws_nearly_the_same(small_run, tmp_path):
     for dtype in ["float32", "bfloat16"]:
-        sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 4, "--dtype", dtype, "--grid", tmp_path / f"{dtype}.png")
-    difference = pixels(tmp_path / "float32.png").astype(float) - pixels(tmp_path / "bfloat16.png")
+        sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 4, "--dtype", dtype,
+               "--grid", tmp_path / f"{dtype}.png")
+    float32, bfloat16 = (pixels(tmp_path / f"{dtype}.png") for dtype in ["float32", "bfloat16"])
+    difference = float32.astype(float) - bfloat16
     assert 0 < np.abs(difference).mean() < 4    # of 255
 
 
@@ -52,19 +57,22 @@ def test_the_seed_decides(small_run, tmp_path):
 
 
 def test_samples_come_from_the_average_of_the_weights(small_run, tmp_path):
-    """The seed of the training run's own last grid, its sampler and its batch give that grid again."""
-    run("sample.py", "--device", "cpu", "--dtype", "float32", "--ckpt", small_run[0] / "ckpt.pt", "--n", 64, "--grid", tmp_path / "grid.png")
-    assert np.array_equal(pixels(tmp_path / "grid.png"), pixels(small_run[0] / "samples_000030.png"))
+    """The seed, the sampler and the batch size of the training run's last grid give it again."""
+    run("sample.py", "--device", "cpu", "--dtype", "float32", "--n", 64,
+        "--ckpt", small_run[0] / "ckpt.pt", "--grid", tmp_path / "grid.png")
+    expected = pixels(small_run[0] / "samples_000030.png")
+    assert np.array_equal(pixels(tmp_path / "grid.png"), expected)
 
 
 def test_without_a_destination_the_grid_is_samples_png(small_run, tmp_path):
     result = sample("--ckpt", small_run[0] / "ckpt.pt", "--n", 1, cwd=tmp_path)
-    assert pixels(tmp_path / "samples.png").shape == (28, 28) and "samples.png" in result.stdout
+    assert pixels(tmp_path / "samples.png").shape == (28, 28)
+    assert "samples.png" in result.stdout
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--n", "0"], "--n: 0 is not a positive whole number"),
-    (["--steps", "1001"], "--steps 1001 is more than the 1000 timesteps"),
+    (["--steps", "1001"], "steps must be 1 to 1000, not 1001"),
     (["--sampler", "euler"], "invalid choice: 'euler'"),
     (["--device", "banana"], "--device banana is not to be had here"),
     ([], "--ckpt"),
@@ -76,22 +84,24 @@ def test_a_bad_command_line_is_refused(small_run, tmp_path, flags, words):
 
 
 def test_a_checkpoint_that_is_none(tmp_path):
-    refused(1, "none.pt does not exist", "sample.py", "--ckpt", tmp_path / "none.pt", "--out_dir", tmp_path / "samples")
+    refused(1, "none.pt does not exist", "sample.py", "--ckpt", tmp_path / "none.pt",
+            "--out_dir", tmp_path / "samples")
     assert not (tmp_path / "samples").exists()
     (tmp_path / "bad.pt").write_text("garbage")
     refused(1, "bad.pt is not a checkpoint of train.py", "sample.py", "--ckpt", tmp_path / "bad.pt")
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    refused(1, "other.pt is not a checkpoint of train.py", "sample.py", "--ckpt", tmp_path / "other.pt")
+    other = tmp_path / "other.pt"
+    torch.save({"model": {}}, other)
+    refused(1, "other.pt is not a checkpoint of train.py", "sample.py", "--ckpt", other)
 
 
 def test_folders_that_hold_images_or_cannot_be_made(small_run, tmp_path):
-    ckpt = small_run[0] / "ckpt.pt"
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "00000.png").write_text("precious")
-    refused(2, "full already holds PNGs", "sample.py", "--ckpt", ckpt, "--out_dir", tmp_path / "full")
-    refused(1, "00000.png", "sample.py", "--ckpt", ckpt, "--out_dir", tmp_path / "full" / "00000.png")
-    refused(1, "00000.png", "sample.py", "--ckpt", ckpt, "--grid", tmp_path / "full" / "00000.png" / "grid.png")
-    assert (tmp_path / "full" / "00000.png").read_text() == "precious"
+    ckpt, full = small_run[0] / "ckpt.pt", tmp_path / "full"
+    full.mkdir()
+    (full / "00000.png").write_text("precious")
+    refused(2, "full already holds PNGs", "sample.py", "--ckpt", ckpt, "--out_dir", full)
+    for flag, path in [("--out_dir", "00000.png"), ("--grid", "00000.png/grid.png")]:
+        refused(1, "00000.png", "sample.py", "--ckpt", ckpt, flag, full / path)
+    assert (full / "00000.png").read_text() == "precious"
 
 
 def test_a_grid_does_not_overwrite_the_checkpoint(small_run):

@@ -2,7 +2,6 @@
 import csv
 import gzip
 import math
-import runpy
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, refused, run, torchrun
+from conftest import ROOT, SMALL, command, overhear, refused, run, torchrun
 from PIL import Image
 
 import data
@@ -109,20 +108,6 @@ def test_both_parts_step_by_step_by_hand(tmp_path, monkeypatch):
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(ckpt["model"][name], weight, rtol=0, atol=1e-4)
     assert same(ckpt["model"], ckpt["ema"])    # a decay of 0 averages nothing
-
-
-def overhear(monkeypatch, *flags):
-    """The loop in this process -> what each step showed to per_image_loss: x_0, t, eps."""
-    shown = []
-    per_image_loss = diffusion.GaussianDiffusion.per_image_loss
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(diffusion.GaussianDiffusion, "per_image_loss",
-                      lambda self, *args: shown.append([x.clone() for x in args[1:]]) or per_image_loss(self, *args))
-        patch.setattr("sys.argv", ["train.py", *map(str, [*SMALL, *flags])])
-        runpy.run_path(str(ROOT / "train.py"))
-    signal.signal(signal.SIGINT, handler)
-    return shown
 
 
 def test_what_the_loss_is_shown(tmp_path, monkeypatch):

@@ -1,0 +1,57 @@
+"""The classifier, and the judge's weights, which every published figure hangs on."""
+import hashlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from classifier import Classifier, predict, train_classifier
+
+SHIPPED = "6997f3d69522a66cdad3a5fe7e0729cc0897acfce4fe14153f496e453cc3978a"
+ACCURACY = 0.9944999814033508
+
+
+def test_the_shipped_weights_are_the_published_ones():
+    """Over the bytes of the tensors in order: neither their names nor the file's format matter."""
+    cache = torch.load(ROOT / "data" / "mnist" / "classifier_28x1.pt", weights_only=True)
+    digest = hashlib.sha256()
+    for tensor in cache["model"].values():
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    assert digest.hexdigest() == SHIPPED and cache["accuracy"] == ACCURACY
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("channels, size", [(1, 28), (3, 32), (3, 96)])
+def test_every_size_gives_128_features(channels, size, strided):
+    model = Classifier(channels, size, n_outputs=5, strided=strided).eval()
+    logits, features = model(torch.randn(2, channels, size, size))
+    assert logits.shape == (2, 5) and features.shape == (2, 128) and features.min() == 0
+    assert model.out.weight.shape == (5, 128)
+
+
+def test_large_images_are_averaged():
+    torch.manual_seed(0)
+    model = Classifier(1, 128, n_outputs=2).eval()
+    x = torch.randn(2, 1, 128, 128)
+    torch.testing.assert_close(model(x)[0], model(F.avg_pool2d(x, 2))[0])
+
+
+def test_training_separates_bright_from_dark(capsys):
+    torch.manual_seed(0)
+    images = torch.randint(100, (64, 1, 8, 8), dtype=torch.uint8)
+    images[::2] += 100
+    labels = torch.arange(64) % 2
+    model = Classifier(1, 8, n_outputs=2)
+    steps = []
+
+    def batch_loss(step):
+        steps.append(step)
+        return F.cross_entropy(model(images / 127.5 - 1)[0], labels)
+
+    trained = train_classifier(model, batch_loss, steps=20, lr=1e-2, name="toy")
+    assert trained is model and not model.training and steps == list(range(20))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert "toy: step 20/20" in capsys.readouterr().err
+    logits, features = predict(model, images.split(50))
+    assert torch.equal(logits.argmax(1), labels) and features.shape == (64, 128)
