@@ -22,7 +22,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 def save_png(image: torch.Tensor, path: Path):
     """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as PNG whatever the path's suffix."""
-    pixels = rearrange(image.cpu().numpy(), "c h w -> h w c")
+    pixels = rearrange(image.cpu(), "c h w -> h w c").numpy()    # einops by torch: no recompiling
     if pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]    # Pillow's form of a grey image
     Image.fromarray(pixels).save(path, format="PNG")

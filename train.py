@@ -34,9 +34,24 @@ from images import join_pngs, save_grid, to_float, to_uint8
 from pretrained import load_pretrained
 from pu_filter import read_scores
 from pu_loss import pu_loss, sensitive_per_batch, supervised_loss, unsupervised_loss
-from runtime import (compiled, count, decay, default_dtype, device_flags, exit_status, find_device,
-                     first_rank_first, fraction, positive, positive_float, positive_or_inf, ranks,
-                     read_checkpoint, step_or_share, write_whole)
+from runtime import (
+    compiled,
+    count,
+    decay,
+    default_dtype,
+    device_flags,
+    exit_status,
+    find_device,
+    first_rank_first,
+    fraction,
+    positive,
+    positive_float,
+    positive_or_inf,
+    ranks,
+    read_checkpoint,
+    step_or_share,
+    write_whole,
+)
 from unet import PRESETS, UNet, UNetConfig, preset
 
 # -----------------------------------------------------------------------------
@@ -77,7 +92,7 @@ group.add_argument("--keep", type=fraction,
 
 group = parser.add_argument_group("model")
 group.add_argument("--model", choices=list(PRESETS), help="network (default: the data set's)")
-group.add_argument("--init_from", help="ckpt.pt, folder in the diffusers format, or name on the hub")
+group.add_argument("--init_from", help="ckpt.pt, folder of a diffusers model, or its name on the hub")
 group.add_argument("--schedule", choices=["linear", "cosine", "lognormal"],
                    help="noise schedule (default: the model's)")
 group.add_argument("--prediction", choices=["eps", "v"],
@@ -113,7 +128,7 @@ MAY_CHANGE = {"lr", "pu_lr", "device", "compile", "grad_accum", "log_interval", 
 args = parser.parse_args()
 if args.out_dir is None:
     kinds = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
-    args.out_dir = Path("out", "-".join([args.dataset, args.algorithm, f"{args.prior:.4g}", *kinds]))
+    args.out_dir = Path("out", "-".join([args.dataset, args.algorithm, f"{args.prior:.4g}"] + kinds))
 ckpt_path = args.out_dir / "ckpt.pt"
 ckpt = None
 with exit_status(parser):
@@ -206,15 +221,18 @@ with exit_status(parser):
     # how long, and where the second part begins
     if args.max_steps is None:
         args.max_steps = math.ceil(choices["epochs"] * n_unlabeled / args.batch_size)
+    pu_start = args.pu_start
     if args.algorithm != "pu":
-        args.pu_start = 0
-    elif args.pu_start < 1:    # a share
-        args.pu_start = round(args.pu_start * args.max_steps)
-    args.pu_start = int(args.pu_start)
-    args.pu_lr = args.pu_lr or 0.5 * args.lr
-    if args.pu_start >= args.max_steps:
-        raise ValueError(f"--pu_start {args.pu_start} leaves no step for the PU risk: "
+        pu_start = 0
+    elif pu_start < 1:    # a share
+        pu_start = round(pu_start * args.max_steps)
+    pu_start = int(pu_start)
+    if ckpt:
+        pu_start = ckpt["pu_start"]    # also where --max_steps is another now
+    if pu_start >= args.max_steps and not ckpt:
+        raise ValueError(f"--pu_start {args.pu_start:g} leaves no step for the PU risk: "
                          f"--max_steps is {args.max_steps}")
+    args.pu_lr = args.pu_lr or 0.5 * args.lr
 
     # how many images of U and of S a step takes
     n_s = 0
@@ -280,17 +298,17 @@ if args.compile:
     x = torch.zeros(args.batch_size // micro_batches, channels, size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(len(x), dtype=torch.long, device=device)
-    per_image_loss = compiled(eager, lambda fast: fast(x, t, x).sum().backward())
+    per_image_loss = compiled(eager, lambda fast: fast(x, t, x.clone()).sum().backward())
     optimizer.zero_grad()
 
 def learning_rate(step):
     """Linear warm-up, constant while U is learned; from the last part's beginning a cosine to 0."""
     warmup_steps = min(args.warmup_steps, args.max_steps // 4)
     warmup = min(1, (step + 1) / (warmup_steps + 1))
-    if step < args.pu_start:
+    if step < pu_start:
         return warmup * args.lr
-    peak = args.pu_lr if args.pu_start else args.lr
-    start = max(args.pu_start, warmup_steps)
+    peak = args.pu_lr if pu_start else args.lr
+    start = max(pu_start, warmup_steps)
     progress = max(0, step - start) / max(1, args.max_steps - start)
     return warmup * peak * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -431,8 +449,8 @@ def save_checkpoint():
                   for name, value in vars(args).items()}
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  scaler=scaler.state_dict(), config=asdict(config), args=plain_args,
-                 loss_prior=loss_prior, counts=counts, step=step, sums=sums, counted=counted,
-                 rng=rng, seconds=seconds + time.time() - start)
+                 loss_prior=loss_prior, pu_start=pu_start, counts=counts, step=step, sums=sums,
+                 counted=counted, rng=rng, seconds=seconds + time.time() - start)
     with exit_status(parser):
         write_whole(ckpt_path, lambda part: torch.save(state, part))
 
@@ -464,11 +482,11 @@ objective = {
 print(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
       f"({args.sensitive or 'your estimate'}); S has {n_labeled:,}")
 if args.scores:
-    print(f"{args.scores}: of these, the {len(u):,} of U that score lowest, which is {args.keep:.4g} "
-          f"of it, and the {len(s):,} of S that score no higher")
-if args.pu_start:
-    print(f"steps 1 to {args.pu_start} minimise {ordinary}")
-print(f"steps {args.pu_start + 1} to {args.max_steps} minimise {objective}")
+    print(f"{args.scores}: of these, the {len(u):,} of U that score lowest, a fraction of "
+          f"{args.keep:.4g}, and the {len(s):,} of S that score no higher")
+if pu_start:
+    print(f"steps 1 to {pu_start} minimise {ordinary}")
+print(f"steps {pu_start + 1} to {args.max_steps} minimise {objective}")
 if micro_batches > 1:
     print(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
 print(f"{args.model or args.init_from} U-Net of "
@@ -483,7 +501,7 @@ while step < args.max_steps:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     composition = (n_u, n_s)
-    if step < args.pu_start:
+    if step < pu_start:
         composition = (args.batch_size, 0)
     batch = draw_batch(*composition)
 
@@ -508,7 +526,7 @@ while step < args.max_steps:
     counted += 1
     step += 1
 
-    last = step in (args.pu_start, args.max_steps)    # of one part
+    last = step in (pu_start, args.max_steps)    # of one part
     log_is_due = last or step % args.log_interval == 0
     save_is_due = last or step % args.sample_interval == 0
     if log_is_due or save_is_due:
@@ -534,7 +552,7 @@ while step < args.max_steps:
             save_checkpoint()
             save_samples(samples_path)
         mark += time.time() - pause
-        if step == args.pu_start:
+        if step == pu_start:
             print(f"step {step}: U is learned. From here on the PU risk subtracts S; "
                   f"{samples_path} is what the network would have drawn", flush=True)
 
@@ -546,8 +564,8 @@ if step == first_step:
     sys.exit()
 print(f"trained for {(time.time() - start) / 60:.1f} minutes; the checkpoint is {ckpt_path}, the "
       f"log {log_path}, the last samples {samples_path}")
-before_path = args.out_dir / f"samples_{args.pu_start:06d}.png"
-if rank == 0 and args.pu_start and before_path.exists():
+before_path = args.out_dir / f"samples_{pu_start:06d}.png"
+if rank == 0 and pu_start and before_path.exists():
     join_pngs([before_path, samples_path], args.out_dir / "before_after.png")
     print(f"{args.out_dir / 'before_after.png'}: what it would have drawn, and what it draws now")
 print(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")

@@ -281,7 +281,7 @@ def test_compiled_it_is_one_graph_that_is_never_compiled_again(tmp_path, monkeyp
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-    flags = [*SMALL, "--model", "mini", "--max_steps", 4, "--log_interval", 1]
+    flags = [*SMALL, "--model", "mini", "--pu_start", 2, "--max_steps", 4, "--log_interval", 1]
     assert ", compiled" in run("train.py", *flags, "--compile", "--out_dir", tmp_path / "compiled").stdout
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     run("train.py", *flags, "--out_dir", tmp_path / "eager")
