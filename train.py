@@ -232,7 +232,6 @@ with exit_status(parser):
     if pu_start >= args.max_steps and not ckpt:
         raise ValueError(f"--pu_start {args.pu_start:g} leaves no step for the PU risk: "
                          f"--max_steps is {args.max_steps}")
-    args.pu_lr = args.pu_lr or 0.5 * args.lr
 
     # how many images of U and of S a step takes
     n_s = 0
@@ -307,7 +306,9 @@ def learning_rate(step):
     warmup = min(1, (step + 1) / (warmup_steps + 1))
     if step < pu_start:
         return warmup * args.lr
-    peak = args.pu_lr if pu_start else args.lr
+    peak = args.lr
+    if pu_start:
+        peak = args.pu_lr or 0.5 * args.lr
     start = max(pu_start, warmup_steps)
     progress = max(0, step - start) / max(1, args.max_steps - start)
     return warmup * peak * 0.5 * (1 + math.cos(math.pi * progress))
@@ -560,7 +561,7 @@ while step < args.max_steps:
 # where everything is
 
 if step == first_step:
-    print(f"{ckpt_path} is at step {step} already: --max_steps goes further")
+    print(f"{ckpt_path} is at step {step}: nothing was left to do; --max_steps goes further")
     sys.exit()
 print(f"trained for {(time.time() - start) / 60:.1f} minutes; the checkpoint is {ckpt_path}, the "
       f"log {log_path}, the last samples {samples_path}")
