@@ -52,7 +52,7 @@ from runtime import (
     step_or_share,
     write_whole,
 )
-from unet import PRESETS, UNet, UNetConfig, preset
+from unet import PRESETS, UNet, UNetConfig, check, preset
 
 # -----------------------------------------------------------------------------
 # the command line
@@ -174,14 +174,14 @@ if args.init_from and not ckpt:
     with exit_status(parser):
         data_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
         with first_rank_first():
-            given, of_given = load_pretrained(args.init_from, data_dir)
-        known = dict(schedule=of_given.schedule, prediction=of_given.prediction)
+            given, its_diffusion = load_pretrained(args.init_from, data_dir)
+        known = dict(schedule=its_diffusion.schedule, prediction=its_diffusion.prediction)
+        if "image_size" in DATASETS[args.dataset]:    # whose images are resized to what it has
+            known |= dict(image_size=given.config.image_size, channels=given.config.image_channels)
         for name, value in known.items():
             if getattr(args, name) not in (None, value):
                 raise ValueError(f"--{name} {getattr(args, name)} is not what {args.init_from} "
                                  f"was trained with, {value}")
-        if "image_size" in DATASETS[args.dataset]:    # its images are resized to what the model has
-            known |= dict(image_size=given.config.image_size, channels=given.config.image_channels)
 
 layers = [known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
           DATASETS[args.dataset]]
@@ -194,15 +194,9 @@ for name, value in choices.items():
 # -----------------------------------------------------------------------------
 # the data: U and S are bytes on the device, or stay in their file where they are too large for it
 
-def check_size(config, channels, size):
-    if (config.image_channels, config.image_size) != (channels, size):
-        raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
-                         f"{config.image_size} images of {config.image_channels} channels, "
-                         f"{args.dataset} has {size}x{size} of {channels}")
-
 with exit_status(parser):
-    if given and args.image_size:
-        check_size(given.config, args.channels, args.image_size)    # before the images are decoded
+    if args.image_size and not (given or ckpt):
+        check(preset(args.model, args.channels, args.image_size))    # before images are decoded
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     channels, size = data.train.shape[1:3]
@@ -264,7 +258,10 @@ with exit_status(parser):
         config = given.config
     else:
         config = preset(args.model, channels, size)
-    check_size(config, channels, size)
+    if (config.image_channels, config.image_size) != (channels, size):
+        raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
+                         f"{config.image_size} images of {config.image_channels} channels, "
+                         f"{args.dataset} has {size}x{size} of {channels}")
     model = (given or UNet(config)).to(device, memory_format=torch.channels_last)
     counts = [len(u), len(s)]
     if ckpt and ckpt["counts"] != counts:
