@@ -493,6 +493,9 @@ if args.scores:
 if pu_start:
     print(f"steps 1 to {pu_start} minimise {ordinary}")
 print(f"steps {pu_start + 1} to {args.max_steps} minimise {objective}")
+if args.algorithm == "pu" and len(s) < 4 * n_s:
+    print(f"S is small: {len(s)} images are soon learned by heart. Watch the samples, raise "
+          f"--pu_start if they suffer, or sort U by pu_filter.py and use --scores")
 if micro_batches > 1:
     print(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
 print(f"{args.model or args.init_from} U-Net of "
