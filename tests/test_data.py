@@ -154,6 +154,7 @@ def test_a_folder_is_trained_on_and_sampled(tmp_path):
     assert changed.returncode == 1
     words = f"when the run began, now [198, 50]: {tmp_path / 'images'} has changed"
     assert words in changed.stderr.splitlines()[-1]
+    load("folder", tmp_path / "images", image_size=31)    # so that train.py has nothing to decode
     refused(2, "image size 31 cannot be halved evenly", "train.py", *flags, "--model", "paper",
             "--image_size", 31, "--out_dir", tmp_path / "other")
     run("sample.py", "--device", "cpu", "--ckpt", tmp_path / "run" / "ckpt.pt", "--n", 1,
