@@ -52,7 +52,7 @@ from runtime import (
     step_or_share,
     write_whole,
 )
-from unet import PRESETS, UNet, UNetConfig, preset
+from unet import PRESETS, UNet, UNetConfig, check, preset
 
 # -----------------------------------------------------------------------------
 # the command line
@@ -85,6 +85,8 @@ group.add_argument("--pu_start", type=step_or_share,
                    help="step, or share of --max_steps, where the PU risk begins (default: 1/2)")
 group.add_argument("--correction", default="abs", choices=["abs", "nn", "none"],
                    help="of a negative estimate of the normal loss (default: abs)")
+group.add_argument("--floor", type=decay, default=0.9,
+                   help="under the estimate, a share of what U alone came to (default: 0.9)")
 group.add_argument("--loss_prior", type=fraction, help="a wrong prior, to study (default: --prior)")
 group.add_argument("--scores", type=Path, help="of pu_filter.py: leave out what scores high")
 group.add_argument("--keep", type=fraction,
@@ -92,7 +94,7 @@ group.add_argument("--keep", type=fraction,
 
 group = parser.add_argument_group("model")
 group.add_argument("--model", choices=list(PRESETS), help="network (default: the data set's)")
-group.add_argument("--init_from", help="ckpt.pt, folder of a diffusers model, or its name on the hub")
+group.add_argument("--init_from", help="ckpt.pt, a diffusers folder, or a name on the hub")
 group.add_argument("--schedule", choices=["linear", "cosine", "lognormal"],
                    help="noise schedule (default: the model's)")
 group.add_argument("--prediction", choices=["eps", "v"],
@@ -127,8 +129,9 @@ MAY_CHANGE = {"lr", "pu_lr", "device", "compile", "grad_accum", "log_interval", 
 
 args = parser.parse_args()
 if args.out_dir is None:
-    kinds = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
-    args.out_dir = Path("out", "-".join([args.dataset, args.algorithm, f"{args.prior:.4g}"] + kinds))
+    kind = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
+    words = [args.dataset, args.algorithm, f"{args.prior:.4g}", *kind]
+    args.out_dir = Path("out", "-".join(words))
 ckpt_path = args.out_dir / "ckpt.pt"
 ckpt = None
 with exit_status(parser):
@@ -174,14 +177,14 @@ if args.init_from and not ckpt:
     with exit_status(parser):
         data_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
         with first_rank_first():
-            given, of_given = load_pretrained(args.init_from, data_dir)
-        known = dict(schedule=of_given.schedule, prediction=of_given.prediction)
+            given, its_diffusion = load_pretrained(args.init_from, data_dir)
+        known = dict(schedule=its_diffusion.schedule, prediction=its_diffusion.prediction)
+        if "image_size" in DATASETS[args.dataset]:    # whose images are resized to what it has
+            known |= dict(image_size=given.config.image_size, channels=given.config.image_channels)
         for name, value in known.items():
             if getattr(args, name) not in (None, value):
                 raise ValueError(f"--{name} {getattr(args, name)} is not what {args.init_from} "
                                  f"was trained with, {value}")
-        if "image_size" in DATASETS[args.dataset]:    # its images are resized to what the model has
-            known |= dict(image_size=given.config.image_size, channels=given.config.image_channels)
 
 layers = [known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
           DATASETS[args.dataset]]
@@ -194,15 +197,9 @@ for name, value in choices.items():
 # -----------------------------------------------------------------------------
 # the data: U and S are bytes on the device, or stay in their file where they are too large for it
 
-def check_size(config, channels, size):
-    if (config.image_channels, config.image_size) != (channels, size):
-        raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
-                         f"{config.image_size} images of {config.image_channels} channels, "
-                         f"{args.dataset} has {size}x{size} of {channels}")
-
 with exit_status(parser):
-    if given and args.image_size:
-        check_size(given.config, args.channels, args.image_size)    # before the images are decoded
+    if args.image_size and not (given or ckpt):
+        check(preset(args.model, args.channels, args.image_size))    # before images are decoded
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     channels, size = data.train.shape[1:3]
@@ -264,7 +261,10 @@ with exit_status(parser):
         config = given.config
     else:
         config = preset(args.model, channels, size)
-    check_size(config, channels, size)
+    if (config.image_channels, config.image_size) != (channels, size):
+        raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
+                         f"{config.image_size} images of {config.image_channels} channels, "
+                         f"{args.dataset} has {size}x{size} of {channels}")
     model = (given or UNet(config)).to(device, memory_format=torch.channels_last)
     counts = [len(u), len(s)]
     if ckpt and ckpt["counts"] != counts:
@@ -355,8 +355,8 @@ def read_images(index):
 def accumulate_gradients(batch, n_u, n_s, negative=None):
     """Sends this rank's micro-batches of a batch forward and backward.
 
-    negative: is E_U[l] - prior E_S[l] of the whole batch negative? None: the micro-batches that
-        the ranks are at are the whole batch, and decide
+    negative: is E_U[l] - prior E_S[l] of the whole batch below the floor? None: the micro-batches
+        that the ranks are at are the whole batch, and decide
     -> {name: mean over the micro-batches} for the log
     """
     means = {}
@@ -380,8 +380,8 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
         else:
             if negative is None:
                 difference = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
-                whole_is_negative = over_ranks(difference) < 0
-            risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, whole_is_negative)
+                whole_is_negative = over_ranks(difference) < floor
+            risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, floor, whole_is_negative)
         scaler.scale(risk / args.grad_accum).backward()
 
         found = dict(risk=risk, loss_u=loss_u.mean())
@@ -402,12 +402,14 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
 # what a run leaves behind, and how it goes on
 
 step, sums, counted, seconds = 0, {}, 0, 0.0    # sums: of the means of the `counted` last steps
+floor = 0.0    # under the estimate of (1 - prior) E_N[l]
 if ckpt:
     model.load_state_dict(ckpt["model"])
     ema.load_state_dict(ckpt["ema"])
     optimizer.load_state_dict(ckpt["optimizer"])
     scaler.load_state_dict(ckpt["scaler"])
     step, counted, seconds = ckpt["step"], ckpt["counted"], ckpt["seconds"]
+    floor = ckpt["floor"]
     sums = {name: value.to(device) for name, value in ckpt["sums"].items()}
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type != "cpu" and device.type in ckpt["rng"]:
@@ -450,8 +452,8 @@ def save_checkpoint():
                   for name, value in vars(args).items()}
     state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  scaler=scaler.state_dict(), config=asdict(config), args=plain_args,
-                 loss_prior=loss_prior, pu_start=pu_start, counts=counts, step=step, sums=sums,
-                 counted=counted, rng=rng, seconds=seconds + time.time() - start)
+                 loss_prior=loss_prior, pu_start=pu_start, floor=floor, counts=counts, step=step,
+                 sums=sums, counted=counted, rng=rng, seconds=seconds + time.time() - start)
     with exit_status(parser):
         write_whole(ckpt_path, lambda part: torch.save(state, part))
 
@@ -469,7 +471,10 @@ signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; "
 # what is about to happen
 
 difference = f"E_U[l] - {loss_prior:.4g} E_S[l]"
-corrected = {"abs": f"|{difference}|", "nn": f"max(0, {difference})", "none": difference}
+absolute = f"|{difference}|"
+if pu_start and args.floor > 0:
+    absolute = f"|{difference} - floor| + floor"
+corrected = {"abs": absolute, "nn": f"max(0, {difference})", "none": difference}
 ordinary = f"the ordinary diffusion loss, E_U[l], on {args.batch_size} images of U a step"
 objective = {
     "pu": f"the PU risk, {loss_prior:.4g} E_S[-log(1 - exp(-l))] + {corrected[args.correction]}, "
@@ -512,7 +517,7 @@ while step < args.max_steps:
         no = torch.zeros((), dtype=torch.bool, device=device)
         means = accumulate_gradients(batch, *composition, negative=no)
         if "corrected" in means and args.correction != "none":
-            if over_ranks(means["loss_u"] - loss_prior * means["loss_s"]) < 0:
+            if over_ranks(means["loss_u"] - loss_prior * means["loss_s"]) < floor:
                 optimizer.zero_grad()
                 means = accumulate_gradients(batch, *composition, negative=~no)
     scaler.unscale_(optimizer)
@@ -546,6 +551,8 @@ while step < args.max_steps:
                                 seconds=round(seconds + elapsed, 1)))
         log_file.flush()
         sums, counted, mark = {}, 0, time.time()
+    if step == pu_start:
+        floor = args.floor * (1 - loss_prior) * row["loss_u"]
     if save_is_due:
         pause = time.time()
         samples_path = args.out_dir / f"samples_{step:06d}.png"
@@ -554,8 +561,8 @@ while step < args.max_steps:
             save_samples(samples_path)
         mark += time.time() - pause
         if step == pu_start:
-            print(f"step {step}: U is learned. From here on the PU risk subtracts S; "
-                  f"{samples_path} is what the network would have drawn", flush=True)
+            print(f"step {step}: U is learned. From here on the PU risk subtracts S, with a floor "
+                  f"of {floor:.3f}; {samples_path} is what the network would have drawn", flush=True)
 
 # -----------------------------------------------------------------------------
 # where everything is

@@ -263,8 +263,8 @@ def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp
     start = ckpt["ema"]["conv_out.bias"]
     change_of_model, change_of_average = (
         float((moved[kind]["conv_out.bias"] - start).norm()) for kind in ("model", "ema"))
-    # the average starts at the model, and is slow from the first step
-    assert change_of_average == pytest.approx(0.001 * change_of_model, rel=0.01)
+    # the average starts at the model, and reaches back over a quarter of the run, which is a step
+    assert change_of_average == pytest.approx(change_of_model, rel=0.01)
 
     save = ["--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned"]
     run("sample.py", *save, cwd=tmp_path)
@@ -295,7 +295,7 @@ def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
     assert not (tmp_path / "no").exists() and not (tmp_path / "cleaned").exists()
     (tmp_path / "mine" / "unlabeled").mkdir(parents=True)
     (tmp_path / "mine" / "sensitive").mkdir()
-    refused(2, "is for 32x32 images of 3 channels, folder has 64x64",
+    refused(2, "--image_size 64 is not what",
             "train.py", "--init_from", tmp_path / "wide", "--dataset", "folder",
             "--data_dir", tmp_path / "mine", "--image_size", 64, "--prior", "0.1")
 

@@ -185,7 +185,7 @@ def test_parts_of_a_batch_average_to_the_whole(correction, shift):
     negative = u.mean() - 0.5 * s.mean() < 0
     assert negative == (shift < 0)
     risk = pu_loss(u, s, 0.5, correction)
-    parts = torch.stack([pu_loss(a, b, 0.5, correction, negative)
+    parts = torch.stack([pu_loss(a, b, 0.5, correction, negative=negative)
                          for a, b in zip(u.split(4), s.split(4))]).mean()
     gradients = [torch.autograd.grad(value, theta, retain_graph=True)[0]
                  for value in (risk, parts)]
@@ -195,3 +195,19 @@ def test_parts_of_a_batch_average_to_the_whole(correction, shift):
         alone = torch.stack([pu_loss(a, b, 0.5, correction)
                              for a, b in zip(u.split(4), s.split(4))]).mean()
         assert abs(alone - risk) > 0.01
+
+
+@pytest.mark.parametrize("level, floor, value, slope", [
+    (10.0, 0.0, 6.0, 1.0),     # 10 - 0.5 * 8 is above the floor
+    (10.0, 5.0, 6.0, 1.0),
+    (10.0, 7.0, 8.0, -1.0),    # below it: as far above as it is below
+    (3.0, 0.0, 1.0, -1.0),     # without a floor, the bars of the paper
+])
+def test_a_floor_takes_the_place_of_zero(level, floor, value, slope):
+    """|E_U[l] - prior E_S[l] - floor| + floor, by hand; l_S = 8 leaves 0.0003 of the first term."""
+    loss_u = torch.full((4,), level, requires_grad=True)
+    loss_s = torch.full((2,), 8.0)
+    risk = pu_loss(loss_u, loss_s, 0.5, floor=floor)
+    assert risk.item() == pytest.approx(value, abs=1e-3)
+    risk.backward()
+    assert torch.equal(loss_u.grad, torch.full((4,), slope / 4))
