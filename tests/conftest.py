@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: running one as a user would, and a small real run to look at."""
+"""What tests share: running a script as a user would, a small real run, a folder of images."""
 import contextlib
 import io
 import os
@@ -16,12 +16,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(script, *flags):
+    """Returns the command line that runs a script of the project."""
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
 def run(script, *flags, check=True, cwd=None):
-    """Runs a script of the project -> its CompletedProcess, with stdout and stderr as text. check: it must succeed.
-    In this process, where torch is imported already; an exception that the script does not catch fails the test."""
+    """Runs a script in this process, where torch is imported already.
+
+    check: the script must succeed. Returns its CompletedProcess, with stdout and stderr as text.
+    An exception that the script does not catch fails the test."""
     argv, folder, handler = sys.argv, os.getcwd(), signal.getsignal(signal.SIGINT)
     out, err, status = io.StringIO(), io.StringIO(), 0
     try:
@@ -36,13 +39,16 @@ def run(script, *flags, check=True, cwd=None):
         sys.argv = argv
         os.chdir(folder)
         signal.signal(signal.SIGINT, handler)
-    result = subprocess.CompletedProcess(command(script, *flags), status, out.getvalue(), err.getvalue())
+    result = subprocess.CompletedProcess(command(script, *flags), status,
+                                         out.getvalue(), err.getvalue())
     assert not check or status == 0, result.stderr
     return result
 
 
 def refused(status, words, script, *flags):
-    """The script must say no in one line, with this exit status and these words, and no traceback -> that line."""
+    """Runs a script, which must fail with this exit status and one line that holds these words.
+
+    Returns that line."""
     result = run(script, *flags, check=False)
     assert result.returncode == status, result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -52,29 +58,35 @@ def refused(status, words, script, *flags):
 
 
 def torchrun(script, *flags):
-    """Runs a script as two ranks on CPUs -> what it printed."""
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", *command(script, *flags)[1:]]
-    result = subprocess.run(ranks, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """Runs a script as two ranks on CPUs. Returns what it printed."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             "--", *command(script, *flags)[1:]]
+    result = subprocess.run(ranks, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-SMALL = ["--dataset", "mnist", "--prior", "0.5", "--pu_start", 0, "--device", "cpu", "--dtype", "float32",
-         "--batch_size", 32, "--warmup_steps", 5]
+SMALL = ["--dataset", "mnist", "--prior", "0.5", "--pu_start", 0, "--device", "cpu",
+         "--dtype", "float32", "--batch_size", 32, "--warmup_steps", 5]
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """The main job, 15 steps of each part -> (its folder, what it printed)."""
+    """The default training, 15 steps of each part. Returns its folder and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "results"
-    flags = [*SMALL, "--pu_start", "1/2", "--max_steps", 30, "--log_interval", 10, "--sample_interval", 20, "--out_dir", folder]
-    return folder, subprocess.run(command("train.py", *flags), stdout=subprocess.PIPE, text=True, check=True).stdout
+    flags = [*SMALL, "--pu_start", "1/2", "--max_steps", 30, "--log_interval", 10,
+             "--sample_interval", 20, "--out_dir", folder]
+    result = subprocess.run(command("train.py", *flags), stdout=subprocess.PIPE, text=True,
+                            check=True)
+    return folder, result.stdout
 
 
 def make_folder(root, n=200, broken=()):
-    """A data set of your own: real digits as PNG and JPEG, in subfolders of unlabeled/ (n images),
-    sensitive/ (n / 4) and normal_test/ (5). Those in unlabeled/ with numbers in `broken` are not
-    images."""
+    """Writes a user's own data set: real digits as PNG and JPEG files in subfolders of unlabeled/
+    (n images), sensitive/ (n / 4) and normal_test/ (5).
+
+    broken: numbers of the files in unlabeled/ that are not images"""
     from PIL import Image
 
     from data import load
@@ -92,7 +104,7 @@ def make_folder(root, n=200, broken=()):
 
 
 def overhear(monkeypatch, *flags):
-    """Runs train.py in this process -> what each step showed to per_image_loss: x_0, t, eps."""
+    """Runs train.py in this process. Returns the x_0, t and eps of each call of per_image_loss."""
     shown = []
     per_image_loss = diffusion.GaussianDiffusion.per_image_loss
     handler = signal.getsignal(signal.SIGINT)
@@ -111,7 +123,8 @@ def overhear(monkeypatch, *flags):
 
 @pytest.fixture(scope="session")
 def scores(tmp_path_factory):
-    """The filter on real digits, by very short trainings -> its file, and what it printed."""
+    """Runs the filter on real digits, with very short trainings. Returns its file of scores and
+    what it printed."""
     folder = tmp_path_factory.mktemp("filter")
     flags = ["--prior", "0.5", "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 20]
     printed = run("pu_filter.py", *flags, "--device", "cpu", "--out_dir", folder).stdout

@@ -1,4 +1,4 @@
-"""The bench on a network small enough for a test: every figure is there and counted right."""
+"""The benchmark of a very small network: every number is there and is computed correctly."""
 import json
 
 import pytest
@@ -19,7 +19,7 @@ def mini(monkeypatch):
 
 
 def results(*flags):
-    """-> the JSON that the bench prints last."""
+    """Runs the benchmark. Returns the JSON of its last line."""
     return json.loads(run("bench.py", *FLAGS, *flags).stdout.splitlines()[-1])
 
 

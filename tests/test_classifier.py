@@ -1,4 +1,4 @@
-"""The classifier, and the judge's weights, which every published figure hangs on."""
+"""The classifier, and the judge's weights, on which every published result depends."""
 import hashlib
 
 import pytest
@@ -13,7 +13,7 @@ ACCURACY = 0.9944999814033508
 
 
 def test_the_shipped_weights_are_the_published_ones():
-    """Over the bytes of the tensors in order: neither their names nor the file's format matter."""
+    """The digest is of the tensors alone, without their names and the file's format."""
     cache = torch.load(ROOT / "data" / "mnist" / "classifier_28x1.pt", weights_only=True)
     digest = hashlib.sha256()
     for tensor in cache["model"].values():

@@ -1,5 +1,5 @@
-"""The diffusion against closed forms. For data that is N(mean, std^2) the best noise predictor is
-known exactly, and so is what every sampler must return."""
+"""The diffusion against closed forms. For data from N(mean, std^2), the best noise predictor and
+the distribution of every sampler's output are known exactly."""
 import math
 
 import pytest
@@ -110,7 +110,7 @@ def test_the_losses_of_v_and_eps_differ_by_a_factor(schedule):
 
 
 def test_samples_are_the_same_by_v_and_by_eps():
-    """The v that says the same as eps is (eps - noise x_t) / signal."""
+    """A prediction of eps equals the prediction v = (eps - noise x_t) / signal."""
     alpha_bar = torch.tensor(diffusion.alpha_bar)
 
     def v(x, t):
@@ -140,7 +140,7 @@ def test_per_image_loss_draws_t_and_eps():
 
 
 def test_per_image_loss_is_float32_under_autocast():
-    """bfloat16 can hold neither a difference of 1 + 2^-8 nor the sum of 784 squares of it."""
+    """bfloat16 represents neither the difference 1 + 2^-8 nor the sum of its 784 squares."""
     conv = torch.nn.Conv2d(1, 1, 1)
     torch.nn.init.zeros_(conv.weight)
     torch.nn.init.constant_(conv.bias, -1.0)
@@ -169,7 +169,8 @@ oracle = GaussianOracle(diffusion, MEAN, STD)
 
 
 def exact_variance(steps, eta):
-    """A step is linear, x_next = a x_t + b + sigma z, so v_next = a^2 v_t + sigma^2."""
+    """Returns the variance of samples. A step is linear, x_next = a x_t + b + sigma z, so
+    v_next = a^2 v_t + sigma^2."""
     v, timesteps = 1.0, diffusion.timesteps(steps, "uniform")
     for t, t_next in zip(timesteps, timesteps[1:]):
         ab_t = diffusion.alpha_bar[t]
@@ -183,7 +184,7 @@ def exact_variance(steps, eta):
 
 
 def sample(n, steps, sampler, eta, seed):
-    """Of the Gaussian, n pixels, float64."""
+    """Samples n pixels from the Gaussian. Returns [n, 1] float64."""
     generator = torch.Generator().manual_seed(seed)
     return diffusion.sample(oracle, (n, 1), steps, sampler, eta, generator).double()
 
@@ -216,8 +217,8 @@ def test_dpm_solver_at_20_steps_beats_ddim_at_20():
 
 @pytest.mark.parametrize("eta", [0, 1])
 def test_dpm_solver_formula_on_uneven_steps(eta):
-    """Against the paper's formulas for DPM-Solver++(2M) and SDE-DPM-Solver++(2M), in its terms
-    alpha, sigma, lambda and D, where r = last h / h is far from 1."""
+    """The sampler equals the paper's formulas for DPM-Solver++(2M) and SDE-DPM-Solver++(2M), with
+    the paper's symbols, on steps whose ratio r = last h / h is far from 1."""
     uneven, timesteps = GaussianDiffusion(), [999, 700, 650, 200, 20, -1]
     uneven.timesteps = lambda steps, spacing: timesteps
     got = uneven.sample(oracle, (100, 1), 5, "dpm++", eta, torch.Generator().manual_seed(4))

@@ -1,4 +1,4 @@
-"""The figures against closed forms and constants of SciPy, and the command on real images."""
+"""Rate and FID against closed forms and constants of SciPy; the command on real images."""
 import json
 import shutil
 
@@ -11,7 +11,7 @@ from PIL import Image
 import data
 import evaluate
 from evaluate import frechet_distance, judge, load_judge, train_judge, wilson
-from images import framed, save_png
+from images import save_png
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def mnist():
 
 
 def figures_of(*flags):
-    """-> the figures in the command's last line, and all that it printed"""
+    """Runs the command. Returns the figures of its last line, and all that it printed."""
     printed = run("evaluate.py", "--device", "cpu", *flags).stdout
     return json.loads(printed.splitlines()[-1]), printed
 
@@ -56,7 +56,7 @@ def test_the_interval_where_all_or_none_succeed():
 # FID
 
 def with_moments(mean, root, n=50):
-    """-> n rows whose mean and covariance, root root^T, are exact"""
+    """Returns n rows that have exactly this mean, and the covariance root root^T."""
     generator = torch.Generator().manual_seed(0)
     white = torch.randn(n, len(mean), dtype=torch.float64, generator=generator)
     white = torch.linalg.qr(white - white.mean(0)).Q * (n - 1) ** 0.5
@@ -110,7 +110,8 @@ def test_the_judge_in_the_repository_belongs_to_this_code_and_is_good(mnist, mon
 
 
 def toy(several):
-    """8x8 images, bright above (class 1) or not (class 0) and, with several, below (class 2)."""
+    """Returns 8x8 images that are bright above (class 1) or not (class 0). several: images that
+    are bright below are of class 2 as well."""
     generator = torch.Generator().manual_seed(0)
     above, below = (torch.rand(600, generator=generator) < 0.5 for _ in range(2))
     images = torch.randint(100, (600, 1, 8, 8), dtype=torch.uint8, generator=generator)
@@ -157,7 +158,7 @@ def test_a_judge_is_trained_kept_and_trained_again_where_needed(tmp_path, monkey
 # the command
 
 def test_real_images(mnist, tmp_path):
-    """Of training images, 1,000 normal ones, 1,000 sensitive ones, and half of each."""
+    """Judges 1,000 normal training images, 1,000 sensitive ones, and a mix of both halves."""
     some = torch.randperm(60000, generator=torch.Generator().manual_seed(1))
     odd = mnist.train_labels[some] % 2 == 1
     normal, sensitive = mnist.train[some[~odd][:1000]], mnist.train[some[odd][:1000]]
@@ -202,18 +203,6 @@ def test_images_with_several_labels(tmp_path, monkeypatch):
     assert [n / 200 for n in figures["classes"]] == pytest.approx(truth.tolist(), abs=0.02)
     assert figures["misses"] < 0.03 and figures["false_alarms"] < 0.03
     assert (tmp_path / "celeba" / "classifier_8x1.pt").exists()
-
-
-def test_red_frames_land_where_they_belong():
-    images = torch.arange(3 * 4, dtype=torch.uint8).view(3, 1, 2, 2)
-    out = framed(images, torch.tensor([True, False, True]))
-    assert out.shape == (3, 3, 6, 6)
-    assert torch.equal(out[:, :, 2:4, 2:4], images.expand(-1, 3, -1, -1))
-    border = torch.ones(6, 6, dtype=torch.bool)
-    border[2:4, 2:4] = False
-    for image, colour in zip(out, [[255, 0, 0], [255, 255, 255], [255, 0, 0]]):
-        expected = torch.tensor(colour, dtype=torch.uint8)[:, None].expand(3, 32)
-        assert torch.equal(image[:, border], expected)
 
 
 def test_a_checkpoint_and_the_images_sampled_from_it_are_judged_alike(small_run, tmp_path):
@@ -273,10 +262,3 @@ def test_bad_command_lines(small_run, tmp_path):
     refused(2, "--n: 0 is not a positive", "evaluate.py", "--ckpt", ckpt, "--n", 0)
     refused(2, "FID needs at least two images", "evaluate.py", "--ckpt", ckpt, "--n", 1)
     refused(1, "does not exist", "evaluate.py", "--ckpt", tmp_path / "ckpt.pt")
-
-
-def test_the_tables_of_the_readme_are_those_of_the_results():
-    """Each line that results/table.py prints stands in the README."""
-    tables = run("results/table.py", "--print").stdout
-    readme = (ROOT / "README.md").read_text().splitlines()
-    assert "| pu |" in tables and [line for line in tables.splitlines() if line not in readme] == []

@@ -1,10 +1,18 @@
-"""Scaling for every byte; PNGs and grids read back pixel by pixel."""
+"""Scaling for every byte; PNGs, grids and frames, pixel by pixel."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from images import empty_png_folder, save_grid, save_grids, save_png, to_float, to_uint8
+from images import (
+    empty_png_folder,
+    framed,
+    save_grid,
+    save_grids,
+    save_png,
+    to_float,
+    to_uint8,
+)
 
 
 def test_scaling_and_back_for_every_byte():
@@ -50,3 +58,15 @@ def test_a_folder_with_pngs_is_refused(tmp_path):
     (tmp_path / "a" / "b" / "0.png").touch()
     with pytest.raises(ValueError, match="--out_dir .* already holds PNGs.*name an empty folder"):
         empty_png_folder(tmp_path / "a" / "b", "--out_dir")
+
+
+def test_red_frames_land_where_they_belong():
+    images = torch.arange(3 * 4, dtype=torch.uint8).view(3, 1, 2, 2)
+    out = framed(images, torch.tensor([True, False, True]))
+    assert out.shape == (3, 3, 6, 6)
+    assert torch.equal(out[:, :, 2:4, 2:4], images.expand(-1, 3, -1, -1))
+    border = torch.ones(6, 6, dtype=torch.bool)
+    border[2:4, 2:4] = False
+    for image, colour in zip(out, [[255, 0, 0], [255, 255, 255], [255, 0, 0]]):
+        expected = torch.tensor(colour, dtype=torch.uint8)[:, None].expand(3, 32)
+        assert torch.equal(image[:, border], expected)

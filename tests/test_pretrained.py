@@ -42,8 +42,8 @@ def theirs(config):
 
 
 def difference(theirs, ours, config):
-    """The largest difference between the outputs of their network and ours on random images, as a
-    fraction of the largest output."""
+    """Returns the largest difference between the outputs of their network and ours on random
+    images, as a fraction of the largest output."""
     size = config["sample_size"]
     x, t = torch.randn(2, config.get("in_channels", 3), size, size), torch.tensor([3, 977])
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_parity_and_the_way_back(tmp_path, config, n_params):
     ("norm_eps", 0.01), ("downsample_padding", 0), ("flip_sin_to_cos", False), ("freq_shift", 1),
     ("attention_head_dim", 16)])
 def test_a_wrong_field_is_seen_in_the_output(tmp_path, field, value):
-    """The bound of the test above is small enough for each of these mistakes."""
+    """Each of these mistakes exceeds the bound of the test above."""
     model = theirs(LARGE_EPS)
     save_theirs(model, tmp_path / "theirs")
     wrong, _ = load_pretrained(changed(tmp_path / "theirs", tmp_path, **{field: value}))
@@ -144,7 +144,7 @@ def test_samplers_agree(tmp_path, sampler, steps, prediction):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model for MNIST in the diffusers format, written by us."""
+    """Returns the folder of a model for MNIST in the diffusers format, written by our code."""
     folder = tmp_path_factory.mktemp("pretrained") / "model"
     torch.manual_seed(0)
     config = UNetConfig(1, 28, channels=(8, 16), blocks=1, attention=(1,), groups=4)
@@ -153,7 +153,7 @@ def folder(tmp_path_factory):
 
 
 def changed(folder, tmp_path, file="config.json", **fields):
-    """A copy of the folder with other values in one of its files."""
+    """Returns a copy of the folder with other values in one of its files."""
     copy = tmp_path / "changed"
     copy.mkdir()
     for path in folder.iterdir():
@@ -249,7 +249,7 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
 
 
 def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp_path):
-    """With a learning rate that moves nothing, what comes out is what went in."""
+    """With a learning rate too small to change a weight, the model comes out as it went in."""
     flags = [*SMALL, "--lr", "1e-50", "--out_dir", tmp_path / "run", "--init_from", folder]
     printed = run("train.py", *flags, "--max_steps", 2).stdout
     assert f"{folder} U-Net of" in printed

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("prior", [0.1, 0.5, 0.8])
 def test_on_a_literal_mixture_the_risk_is_the_one_with_all_labels(prior):
-    """U = N + S: both classes' mean sigmoid losses, weighted one half."""
+    """U = N + S: the risk is half the sum of the two classes' mean sigmoid losses."""
     torch.manual_seed(0)
     z_n, z_s = (torch.randn(round(100 * p), dtype=torch.float64) for p in (1 - prior, prior))
     expected = 0.5 * torch.sigmoid(-z_s).mean() + 0.5 * torch.sigmoid(z_n).mean()
@@ -40,7 +40,7 @@ def test_distorted_images_stay_images_and_differ():
 
 
 def test_cross_fitting_finds_the_hidden_ones():
-    """Bright above is sensitive."""
+    """Images that are bright above are sensitive."""
     generator = torch.Generator().manual_seed(0)
     is_sensitive = torch.rand(1200, generator=generator) < 0.5
     images = torch.randint(100, (1200, 1, 8, 8), dtype=torch.uint8, generator=generator)
@@ -72,7 +72,8 @@ def test_the_command_scores_real_digits(scores):
 
 @pytest.mark.parametrize("prior", [0.2, 0.5])
 def test_the_risk_of_what_is_kept_is_exact(prior):
-    """U = N + S: with the prior of what is kept, the difference is the loss on kept normals."""
+    """U = N + S: with the prior of the kept images, the difference of the losses on U and S gives
+    the loss on the kept normal images."""
     torch.manual_seed(0)
     n, s = (torch.rand(round(1000 * p), 2, dtype=torch.float64) for p in (1 - prior, prior))
     u = torch.cat([n, s])    # columns: score, l
@@ -90,7 +91,7 @@ def test_the_risk_of_what_is_kept_is_exact(prior):
 
 @pytest.fixture(scope="module")
 def digits():
-    """-> the data set, U and S that the scores are of"""
+    """Returns MNIST, and the U and S that the scores belong to."""
     mnist = data.load("mnist")
     u, s, _ = data.split("mnist", mnist, prior=0.5, n_unlabeled=600, n_labeled=100)
     return mnist, u, s

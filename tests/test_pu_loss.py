@@ -1,5 +1,6 @@
-"""The PU risk: its arithmetic against hand and mpmath, its gradients on both sides of the kink, and what it is for."""
+"""The PU risk: values and gradients against closed forms, and what the risk is for."""
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def test_log1mexp_value_and_gradient(dtype, rtol):
 
 
 def test_log1mexp_is_finite_everywhere():
-    x = torch.cat([torch.tensor([0.0, 1e-45, 1e-38, math.log(2), 88, 104, 1e30]), torch.logspace(-12, 6, 1000)])
+    special = torch.tensor([0.0, 1e-45, 1e-38, math.log(2), 88, 104, 1e30])
+    x = torch.cat([special, torch.logspace(-12, 6, 1000)])
     x.requires_grad_()
     y = log1mexp(x)
     y.sum().backward()
@@ -44,19 +46,23 @@ def test_log1mexp_is_finite_everywhere():
 
 
 def mixture(prior):
-    """Losses of a model on N and on S, with parameters to differentiate by; U is literally the mixture of the two."""
+    """Returns parameters to differentiate by, and a model's losses on 120 images: normal ones and
+    sensitive ones, a fraction `prior` of all."""
     torch.manual_seed(0)
     theta = torch.tensor([1.5, -0.3], dtype=torch.float64, requires_grad=True)
-    loss = lambda x: (x @ theta).square()
-    n_total, n_pos = 120, round(120 * prior)
-    N, S = (torch.randn(n, 2, dtype=torch.float64) for n in (n_total - n_pos, n_pos))
-    return theta, loss(N), loss(S)
+
+    def loss(x):
+        return (x @ theta).square()
+
+    n_s = round(120 * prior)
+    x_n, x_s = (torch.randn(n, 2, dtype=torch.float64) for n in (120 - n_s, n_s))
+    return theta, loss(x_n), loss(x_s)
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("prior", [0.1, 0.5, 0.9])
 def test_on_a_literal_mixture_the_pu_risk_is_the_risk_with_all_labels(prior, correction):
-    """U = S + N at the right prior: value and gradient equal those of the fully supervised risk."""
+    """U = N + S: with the right prior, value and gradient equal those of the supervised risk."""
     theta, loss_n, loss_s = mixture(prior)
     expected = (1 - prior) * loss_n.mean() + prior * -log1mexp(loss_s).mean()
     risk = pu_loss(torch.cat([loss_n, loss_s]), loss_s, prior, correction)
@@ -66,22 +72,23 @@ def test_on_a_literal_mixture_the_pu_risk_is_the_risk_with_all_labels(prior, cor
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
 
 
-# By hand, for loss_u = (a, b) and loss_s = (2 numbers) at prior p = 0.5: with g(l) = 1 / (exp(l) - 1),
+# By hand, for two losses of U, two of S and prior p = 0.5, with g(l) = 1 / (exp(l) - 1):
 # d sensitive / d l_s = -p g(l_s) / 2;   d normal / d l_u = 1/2;   d normal / d l_s = -p / 2 = -1/4.
 @pytest.mark.parametrize("correction, side, sign, sensitive", [
     ("abs", "normal > 0", +1, 1), ("nn", "normal > 0", +1, 1), ("none", "normal > 0", +1, 1),
     ("abs", "normal < 0", -1, 1), ("nn", "normal < 0", -1, 0), ("none", "normal < 0", +1, 1),
 ])
 def test_value_and_gradient_on_both_sides_of_the_kink(correction, side, sign, sensitive):
-    loss_u = torch.tensor([4.0, 2.0] if side == "normal > 0" else [0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    values_u = [4.0, 2.0] if side == "normal > 0" else [0.5, 0.1]
+    loss_u = torch.tensor(values_u, dtype=torch.float64, requires_grad=True)
     loss_s = torch.tensor([1.0, 3.0], dtype=torch.float64, requires_grad=True)
-    normal = 3.0 - 0.5 * 2.0 if side == "normal > 0" else 0.3 - 0.5 * 2.0
+    normal = sum(values_u) / 2 - 0.5 * 2.0
     cost_s = 0.5 * -(math.log(1 - math.exp(-1)) + math.log(1 - math.exp(-3))) / 2
     risk = pu_loss(loss_u, loss_s, 0.5, correction)
     risk.backward()
     assert risk.item() == pytest.approx(sensitive * cost_s + sign * normal, rel=1e-12)
     assert loss_u.grad.tolist() == pytest.approx([sign * 0.5, sign * 0.5], rel=1e-12)
-    expected = [-sensitive * 0.25 / math.expm1(l) - sign * 0.25 for l in (1.0, 3.0)]
+    expected = [-sensitive * 0.25 / math.expm1(loss) - sign * 0.25 for loss in (1.0, 3.0)]
     assert loss_s.grad.tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -98,8 +105,10 @@ def test_risk_and_gradient_are_finite_for_any_losses(correction):
 def test_baselines():
     loss_u, loss_s = torch.tensor([3.0, 5.0, 7.0]), torch.tensor([1.0])
     assert unsupervised_loss(loss_u).item() == pytest.approx(5.0)
-    assert supervised_loss(loss_u, loss_s, 1 / 4).item() == pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)
-    assert supervised_loss(loss_u, loss_s.repeat(9), 1 / 4).item() == pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)    # however many are drawn
+    expected = pytest.approx((3 + 5 + 7 - math.log(1 - math.exp(-1))) / 4)
+    assert supervised_loss(loss_u, loss_s, 1 / 4).item() == expected
+    # the number of images that are drawn from S does not matter
+    assert supervised_loss(loss_u, loss_s.repeat(9), 1 / 4).item() == expected
 
 
 def test_bad_arguments_are_refused():
@@ -110,13 +119,15 @@ def test_bad_arguments_are_refused():
         pu_loss(torch.ones(2), torch.ones(2), 0.5, "max")
 
 
-# The method in two dimensions, where everything is known: normal points around (-0.5, 0), sensitive around (0.5, 0).
+# The method in two dimensions: normal points lie around (-0.5, 0), sensitive ones around (0.5, 0)
 
 class ToyNet(nn.Module):
     def __init__(self):
         super().__init__()
         sizes = [2 + 16, 128, 128, 128]
-        hidden = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
+        hidden = []
+        for a, b in zip(sizes, sizes[1:]):
+            hidden += [nn.Linear(a, b), nn.SiLU()]
         self.net = nn.Sequential(*hidden, nn.Linear(128, 2))
 
     def forward(self, x, t):
@@ -129,14 +140,17 @@ def blob(n, x):
 
 
 def share_of_sensitive_samples(method, steps=1000, batch=512):
-    """Train on U (half sensitive) and S alone, sample 2,000 points -> the share on the sensitive side."""
+    """Trains on U (half of it sensitive) and S, and samples 2,000 points. Returns the fraction of
+    points on the sensitive side."""
     torch.manual_seed(0)
-    U, S = torch.cat([blob(5000, -0.5), blob(5000, 0.5)]), blob(1000, 0.5)
+    points_u = torch.cat([blob(5000, -0.5), blob(5000, 0.5)])
+    points_s = blob(1000, 0.5)
     diffusion, model = GaussianDiffusion(), ToyNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        x = torch.cat([U[torch.randint(len(U), (batch,))], S[torch.randint(len(S), (batch,))]])
+        x = torch.cat([points_u[torch.randint(len(points_u), (batch,))],
+                       points_s[torch.randint(len(points_s), (batch,))]])
         t, eps = torch.randint(1000, (batch,)).repeat(2), torch.randn(batch, 2).repeat(2, 1)
         loss_u, loss_s = diffusion.per_image_loss(model, x, t, eps).split(batch)
         optimizer.zero_grad()
@@ -144,24 +158,24 @@ def share_of_sensitive_samples(method, steps=1000, batch=512):
         optimizer.step()
         schedule.step()
     x = diffusion.sample(model, (2000, 2), steps=20)
-    assert (x[:, 1].std() - 0.1).abs() < 0.05    # still a blob, not anything that is merely elsewhere
+    assert (x[:, 1].std() - 0.1).abs() < 0.05    # the points still form a blob
     return (x[:, 0] > 0).double().mean().item()
 
 
 def test_pu_training_removes_the_sensitive_blob():
-    assert share_of_sensitive_samples(lambda loss_u, loss_s: pu_loss(loss_u, loss_s, prior=0.5)) < 0.03
+    assert share_of_sensitive_samples(partial(pu_loss, prior=0.5)) < 0.03
 
 
 def test_unsupervised_training_reproduces_it():
-    def unsupervised(loss_u, loss_s):
-        return unsupervised_loss(loss_u)
-    assert 0.4 < share_of_sensitive_samples(unsupervised) < 0.6
+    share = share_of_sensitive_samples(lambda loss_u, loss_s: unsupervised_loss(loss_u))
+    assert 0.4 < share < 0.6
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("shift", [-3.0, 3.0])
 def test_parts_of_a_batch_average_to_the_whole(correction, shift):
-    """Four parts, of both signs, that know the sign of the whole: the mean of their risks and gradients is the whole's."""
+    """Differences of four parts have both signs. With the sign of the whole batch, the means of the
+    parts' risks and gradients are those of the whole batch."""
     torch.manual_seed(0)
     theta = torch.tensor([1.5, -0.3], dtype=torch.float64, requires_grad=True)
     u, s = ((torch.randn(16, 2, dtype=torch.float64) @ theta).square() for _ in range(2))
@@ -171,12 +185,15 @@ def test_parts_of_a_batch_average_to_the_whole(correction, shift):
     negative = u.mean() - 0.5 * s.mean() < 0
     assert negative == (shift < 0)
     risk = pu_loss(u, s, 0.5, correction)
-    parts = torch.stack([pu_loss(a, b, 0.5, correction, negative=negative) for a, b in zip(u.split(4), s.split(4))]).mean()
-    gradients = [torch.autograd.grad(value, theta, retain_graph=True)[0] for value in (risk, parts)]
+    parts = torch.stack([pu_loss(a, b, 0.5, correction, negative=negative)
+                         for a, b in zip(u.split(4), s.split(4))]).mean()
+    gradients = [torch.autograd.grad(value, theta, retain_graph=True)[0]
+                 for value in (risk, parts)]
     torch.testing.assert_close(parts, risk)
     torch.testing.assert_close(*gradients)
-    if correction != "none":    # and left to themselves they are not
-        alone = torch.stack([pu_loss(a, b, 0.5, correction) for a, b in zip(u.split(4), s.split(4))]).mean()
+    if correction != "none":    # with their own signs they are not
+        alone = torch.stack([pu_loss(a, b, 0.5, correction)
+                             for a, b in zip(u.split(4), s.split(4))]).mean()
         assert abs(alone - risk) > 0.01
 
 

@@ -1,4 +1,4 @@
-"""Sampling as a user meets it, from a real checkpoint."""
+"""sample.py as a user runs it, with a real checkpoint."""
 import numpy as np
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_the_seed_decides(small_run, tmp_path):
 
 
 def test_samples_come_from_the_average_of_the_weights(small_run, tmp_path):
-    """The seed, the sampler and the batch size of the training run's last grid give it again."""
+    """With the seed, sampler and batch size of train.py, the grid equals the last of the run."""
     run("sample.py", "--device", "cpu", "--dtype", "float32", "--n", 64,
         "--ckpt", small_run[0] / "ckpt.pt", "--grid", tmp_path / "grid.png")
     expected = pixels(small_run[0] / "samples_000030.png")

@@ -1,4 +1,4 @@
-"""What train.py makes of the scores of pu_filter.py, or of scores made by hand, as here."""
+"""Training on the images that --scores keeps; the scores are made by hand."""
 import math
 
 import pytest
@@ -13,7 +13,7 @@ SETS = ["--n_unlabeled", 600, "--n_labeled", 100]    # what the scores are for
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory):
-    """Scores in a known order -> their file. A quarter of S scores lower than half of U."""
+    """Writes scores in a known order. A quarter of S scores lower than the median of U."""
     images = data.load("mnist")
     u, s, _ = data.split("mnist", images, prior=0.5, n_unlabeled=600, n_labeled=100)
     path = tmp_path_factory.mktemp("scores") / "scores.pt"
@@ -41,7 +41,7 @@ def test_a_hard_cut_shows_the_loss_nothing_else(scores, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n_kept", [0, 7])
 def test_too_little_of_s_is_refused_and_not_worked_around(scores, tmp_path, n_kept):
-    """Objectives are not changed silently: what remains is the user's choice."""
+    """train.py never changes the objective silently: the user must choose."""
     saved = torch.load(scores)
     keep = (saved["z_u"] < saved["z_s"][n_kept]).sum().item() / 600
     flags = ["train.py", *SMALL, *SETS, "--max_steps", 2, "--scores", scores, "--keep", keep]

@@ -1,4 +1,4 @@
-"""The loop as a user meets it: real MNIST runs, exact resumption, and every wrong command line."""
+"""train.py as a user runs it: short MNIST trainings, exact resumption, wrong command lines."""
 import csv
 import gzip
 import math
@@ -16,6 +16,9 @@ import data
 import diffusion
 import unet
 from images import to_uint8
+
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+MINI = dict(channels=(8, 16), groups=4, blocks=1, attention=(), patch=2)    # a small network
 
 
 def read_log(folder):
@@ -59,7 +62,7 @@ def test_a_run_says_what_it_minimises(small_run):
 
 
 def test_the_log_of_both_parts(small_run):
-    """What was not computed has no figure, and none is nan."""
+    """A row is empty where nothing was computed, and never nan."""
     for row in read_log(small_run[0]):
         assert not any(math.isnan(value) for value in row.values())
         of_s = {name for name in row if name.startswith("loss_s") or name == "corrected"}
@@ -72,8 +75,8 @@ def test_the_log_of_both_parts(small_run):
 
 
 def test_learning_rate(small_run, tmp_path):
-    """Warm-up, constant while U is learned, then a cosine from half of it down to 0; without a
-    first part, a cosine at once. A row has the rate of its last step, number step - 1."""
+    """The rate warms up, is constant while U is learned, then falls from half of --lr to 0 along a
+    cosine. Without a first part, the cosine follows the warm-up. Rows count steps from 1."""
     for row in read_log(small_run[0]):
         lr = 2e-3
         if row["step"] > 15:
@@ -116,21 +119,23 @@ def test_both_parts_step_by_step_by_hand(tmp_path, monkeypatch):
 
 
 def test_what_the_loss_is_shown(tmp_path, monkeypatch):
-    """U is mixed, S is sensitive, and the two are paired."""
-    shown = overhear(monkeypatch, "--batch_size", 100, "--max_steps", 4, "--out_dir", tmp_path / "run")
+    """U is mixed, S is sensitive; image i of S has the timestep and the noise of image i of U."""
+    shown = overhear(monkeypatch, "--batch_size", 100, "--max_steps", 4,
+                     "--out_dir", tmp_path / "run")
     mnist = data.load("mnist")
     label = {image.numpy().tobytes(): int(y) for image, y in zip(mnist.train, mnist.train_labels)}
     u, s, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 50000, 2500, seed=0)
-    U, S = ({image.numpy().tobytes() for image in mnist.train[index]} for index in (u, s))
+    images_u, images_s = ({image.numpy().tobytes() for image in mnist.train[index]}
+                          for index in (u, s))
     hidden = 0
     for x_0, t, eps in shown:
         images = [image.contiguous().numpy().tobytes() for image in to_uint8(x_0)]
         assert len(images) == 100
-        assert all(image in U for image in images[:60]) and all(image in S for image in images[60:])
+        assert set(images[:60]) <= images_u and set(images[60:]) <= images_s
         hidden += sum(label[image] % 2 for image in images[:60])
         assert torch.equal(t[60:], t[:40]) and torch.equal(eps[60:], eps[:40])
         assert abs(eps[:60].mean()) < 0.02 and abs(eps[:60].std() - 1) < 0.02
-        gaps = t[:60].sort().values.diff()    # evenly spread: as close to 1000 / 60 as three kinds of gap allow
+        gaps = t[:60].sort().values.diff()    # spread evenly: all near 1000 / 60
         assert gaps.max() < 2 * 1000 / 60 and t.min() < 34 and t.max() >= 966
     assert len(shown) == 4 and abs(hidden / 240 - 0.5) < 4 * 0.5 / 240 ** 0.5
     assert not torch.equal(shown[0][2], shown[1][2]) and not torch.equal(shown[0][1], shown[1][1])
@@ -141,20 +146,22 @@ def test_the_first_part_draws_whole_batches_of_u(tmp_path, monkeypatch):
                      "--out_dir", tmp_path / "run")
     mnist = data.load("mnist")
     _, s, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 50000, 2500, seed=0)
-    S = {image.numpy().tobytes() for image in mnist.train[s]}
-    for (x_0, t, eps), n_s in zip(shown, [0, 0, 16, 16], strict=True):
-        of_s = [image.contiguous().numpy().tobytes() in S for image in to_uint8(x_0)]
+    images_s = {image.numpy().tobytes() for image in mnist.train[s]}
+    for (x_0, _, eps), n_s in zip(shown, [0, 0, 16, 16], strict=True):
+        of_s = [image.contiguous().numpy().tobytes() in images_s for image in to_uint8(x_0)]
         assert of_s == [False] * (48 - n_s) + [True] * n_s
         assert len(set(eps.flatten(1).sum(1).tolist())) == 48 - n_s    # pairs share their noise
 
 
 def test_the_oracle_is_shown_nothing_but_the_normal_images_of_u(tmp_path, monkeypatch):
-    shown = overhear(monkeypatch, "--algorithm", "oracle", "--n_unlabeled", 200, "--batch_size", 400, "--max_steps", 1, "--out_dir", tmp_path)
+    shown = overhear(monkeypatch, "--algorithm", "oracle", "--n_unlabeled", 200,
+                     "--batch_size", 400, "--max_steps", 1, "--out_dir", tmp_path)
     mnist = data.load("mnist")
     u, _, _ = data.pu_split(mnist, [1, 3, 5, 7, 9], 0.5, 200, 2500, seed=0)
     normal = {image.numpy().tobytes() for image in mnist.train[u[mnist.train_labels[u] % 2 == 0]]}
     seen = {image.contiguous().numpy().tobytes() for image in to_uint8(shown[0][0])}
-    assert seen <= normal and len(normal) == 100 and len(seen) > 90    # 400 draws from 100 miss 2 of them or so
+    assert seen <= normal and len(normal) == 100
+    assert len(seen) > 90    # 400 draws miss about 2 of 100 images
 
 
 def test_images_that_stay_in_their_file_are_shown_alike(tmp_path, monkeypatch):
@@ -164,36 +171,48 @@ def test_images_that_stay_in_their_file_are_shown_alike(tmp_path, monkeypatch):
 
 
 def test_a_preset_added_to_unet_is_a_model(tmp_path, monkeypatch):
-    monkeypatch.setitem(unet.PRESETS, "mine", dict(channels=(8, 8), attention=(1,), groups=8, patch=2))
-    assert len(overhear(monkeypatch, "--model", "mine", "--max_steps", 1, "--out_dir", tmp_path / "run")) == 1
+    mine = dict(channels=(8, 8), attention=(1,), groups=8, patch=2)
+    monkeypatch.setitem(unet.PRESETS, "mine", mine)
+    shown = overhear(monkeypatch, "--model", "mine", "--max_steps", 1,
+                     "--out_dir", tmp_path / "run")
+    assert len(shown) == 1
     assert torch.load(tmp_path / "run" / "ckpt.pt")["args"]["lr"] == 1e-4
 
 
 def test_flips_are_for_those_who_ask(tmp_path, monkeypatch):
-    plain = overhear(monkeypatch, "--batch_size", 200, "--max_steps", 1, "--out_dir", tmp_path / "plain")[0][0]
-    flipped = overhear(monkeypatch, "--batch_size", 200, "--max_steps", 1, "--hflip", "--out_dir", tmp_path / "flipped")[0][0]
+    flags = ["--batch_size", 200, "--max_steps", 1]
+    plain = overhear(monkeypatch, *flags, "--out_dir", tmp_path / "plain")[0][0]
+    flipped = overhear(monkeypatch, *flags, "--hflip", "--out_dir", tmp_path / "flipped")[0][0]
     mirrored = (flipped != plain).flatten(1).any(1)
     assert torch.equal(flipped, torch.where(mirrored[:, None, None, None], plain.flip(3), plain))
     assert 60 < mirrored.sum() < 140
-    assert [name for name, info in data.DATASETS.items() if info["hflip"]] == ["cifar10", "stl10", "celeba", "folder"]
+    assert [name for name, entry in data.DATASETS.items() if entry["hflip"]] == [
+        "cifar10", "stl10", "celeba", "folder"]
 
 
 def test_the_log_tells_where_the_losses_differ(tmp_path, monkeypatch):
-    """A fresh network says zero, so l is |eps|^2 at first; a third counts three times, for it has a third of all timesteps."""
-    shown = overhear(monkeypatch, "--prediction", "eps", "--max_steps", 1, "--log_interval", 1, "--out_dir", tmp_path / "run")
+    """A new network predicts zero, so l is |eps|^2. A column for a third of the timesteps is a mean
+    over that third."""
+    shown = overhear(monkeypatch, "--prediction", "eps", "--max_steps", 1, "--log_interval", 1,
+                     "--out_dir", tmp_path / "run")
     [row] = read_log(tmp_path / "run")
     (_, t, eps), = shown
-    l = eps.square().flatten(1).sum(1)
-    for part, l_part, t_part in [("u", l[:16], t[:16]), ("s", l[16:], t[16:])]:
+    loss = eps.square().flatten(1).sum(1)
+    for part, loss_part, t_part in [("u", loss[:16], t[:16]), ("s", loss[16:], t[16:])]:
+        columns = []
         for name, low, high in [("low", 0, 334), ("middle", 334, 667), ("high", 667, 1000)]:
             inside = (low <= t_part) & (t_part < high)
-            assert row[f"loss_{part}_{name}_t"] == pytest.approx(float(3 * (l_part * inside).mean()), rel=1e-5)
-        assert sum(row[f"loss_{part}_{name}_t"] for name in ["low", "middle", "high"]) / 3 == pytest.approx(row[f"loss_{part}"], rel=1e-5)
+            columns.append(row[f"loss_{part}_{name}_t"])
+            expected = float(3 * (loss_part * inside).mean())
+            assert columns[-1] == pytest.approx(expected, rel=1e-5)
+        assert sum(columns) / 3 == pytest.approx(row[f"loss_{part}"], rel=1e-5)
 
 
 def test_loss_prior_and_ema_decay(tmp_path):
-    """Far from any fit, sensitive images cost nothing: the risk is | l_U - loss_prior l_S |. Decay 0 averages nothing."""
-    run("train.py", *SMALL, "--loss_prior", "0.2", "--ema_decay", 0, "--max_steps", 3, "--log_interval", 1, "--out_dir", tmp_path / "run")
+    """Where losses are large, sensitive images cost nothing: the risk is |l_U - loss_prior l_S|.
+    With decay 0, the average is the last step's weights."""
+    run("train.py", *SMALL, "--loss_prior", "0.2", "--ema_decay", 0, "--max_steps", 3,
+        "--log_interval", 1, "--out_dir", tmp_path / "run")
     for row in read_log(tmp_path / "run"):
         assert row["risk"] == pytest.approx(row["loss_u"] - 0.2 * row["loss_s"], rel=1e-5)
     ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
@@ -212,13 +231,15 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtype):
-    """Ctrl-C after the checkpoint at step 15, which lies between two log lines, and before the PU
-    risk begins at step 18."""
-    flags = [*SMALL, "--dtype", dtype, "--pu_start", "0.6", "--max_steps", 30, "--log_interval", 12, "--sample_interval", 15]
+    """Ctrl-C comes after the checkpoint of step 15, which lies between two log lines and before
+    the PU risk begins at step 18."""
+    flags = [*SMALL, "--dtype", dtype, "--pu_start", "0.6", "--max_steps", 30,
+             "--log_interval", 12, "--sample_interval", 15]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run("train.py", *flags, "--out_dir", whole)
 
-    process = subprocess.Popen(command("train.py", *flags, "--out_dir", broken), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command("train.py", *flags, "--out_dir", broken),
+                               stderr=subprocess.PIPE, text=True)
     while not (broken / "samples_000015.png").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -242,12 +263,14 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtyp
 
 @pytest.fixture(scope="module")
 def whole_batches(small_run, tmp_path_factory):
-    """Runs of one process, one round a step, whose difference is sometimes negative -> by correction: flags, folder"""
+    """Trains in one process, with one micro-batch a step, so that the difference E_U[l] - prior
+    E_S[l] is sometimes negative. Returns the flags and the folder for each correction."""
     runs = {}
     for correction in ["abs", "nn"]:    # the PU risk begins at step 1
         folder = tmp_path_factory.mktemp("whole") / "run"
-        flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction, "--sensitive", "even", "--loss_prior", 0.99, "--lr", 1e-4,
-                 "--warmup_steps", 2, "--pu_start", 1, "--pu_lr", 1e-4, "--max_steps", 5, "--log_interval", 1]
+        flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction,
+                 "--sensitive", "even", "--loss_prior", 0.99, "--lr", 1e-4, "--warmup_steps", 2,
+                 "--pu_start", 1, "--pu_lr", 1e-4, "--max_steps", 5, "--log_interval", 1]
         run("train.py", *flags, "--out_dir", folder)
         assert {row["corrected"] for row in read_log(folder)[1:]} == {0, 1}
         runs[correction] = flags, folder
@@ -264,30 +287,34 @@ def assert_same_path(folder_a, folder_b):
             torch.testing.assert_close(a[weights][name], b[weights][name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("correction, rounds", [("abs", 1), ("nn", 2)])
-def test_two_ranks_follow_the_path_of_one(whole_batches, tmp_path, correction, rounds):
+@pytest.mark.parametrize("correction, grad_accum", [("abs", 1), ("nn", 2)])
+def test_two_ranks_follow_the_path_of_one(whole_batches, tmp_path, correction, grad_accum):
     flags, folder = whole_batches[correction]
-    printed = torchrun("train.py", *flags, "--grad_accum", rounds, "--out_dir", tmp_path / "run")
-    assert f"each step in {2 * rounds} micro-batches: 2 ranks, {rounds} each" in printed and printed.count("step 5/5") == 1
+    printed = torchrun("train.py", *flags, "--grad_accum", grad_accum,
+                       "--out_dir", tmp_path / "run")
+    words = f"each step in {2 * grad_accum} micro-batches: 2 ranks, {grad_accum} each"
+    assert words in printed and printed.count("step 5/5") == 1
     assert_same_path(folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn"])
-def test_rounds_follow_the_path_of_one_batch(whole_batches, tmp_path, correction):
+def test_micro_batches_follow_the_path_of_one_batch(whole_batches, tmp_path, correction):
     flags, folder = whole_batches[correction]
     run("train.py", *flags, "--grad_accum", 4, "--out_dir", tmp_path / "run")
     assert_same_path(folder, tmp_path / "run")
 
 
 def test_compiled_it_is_one_graph_that_is_never_compiled_again(tmp_path, monkeypatch):
-    """By the tracer of torch.compile and its autograd; generating C++ would take a minute. Its figures are those of the eager loss."""
-    monkeypatch.setitem(unet.PRESETS, "mini", dict(channels=(8, 16), groups=4, blocks=1, attention=(), patch=2))
+    """Compiled and eager runs agree. Only the tracer of torch.compile and its autograd run, for
+    generating C++ would take a minute."""
+    monkeypatch.setitem(unet.PRESETS, "mini", MINI)
     compile_, counters = torch.compile, torch._dynamo.utils.counters
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     flags = [*SMALL, "--model", "mini", "--pu_start", 2, "--max_steps", 4, "--log_interval", 1]
-    assert ", compiled" in run("train.py", *flags, "--compile", "--out_dir", tmp_path / "compiled").stdout
+    printed = run("train.py", *flags, "--compile", "--out_dir", tmp_path / "compiled").stdout
+    assert ", compiled" in printed
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     run("train.py", *flags, "--out_dir", tmp_path / "eager")
     assert_same_path(tmp_path / "compiled", tmp_path / "eager")
@@ -299,27 +326,32 @@ def test_without_a_compiler_it_goes_on_and_says_why(tmp_path, monkeypatch):
             raise RuntimeError("\nno C++ compiler\na long story")
         return call
     monkeypatch.setattr(torch, "compile", broken)
-    printed = run("train.py", *SMALL, "--compile", "--max_steps", 1, "--out_dir", tmp_path / "run").stdout
-    assert "not compiled, because torch.compile fails here: no C++ compiler\n" in printed and "float32, not compiled" in printed
+    printed = run("train.py", *SMALL, "--compile", "--max_steps", 1,
+                  "--out_dir", tmp_path / "run").stdout
+    assert "not compiled, because torch.compile fails here: no C++ compiler\n" in printed
+    assert "float32, not compiled" in printed
 
 
 @pytest.mark.parametrize("algorithm, flags, counts, share", [
     ("unsupervised", [], "E_U[l], on 64 images of U", 0),
     ("supervised", [], "61 images of U and 3 of S", 2500 / 52500),
-    ("supervised", ["--n_labeled", 100, "--grad_clip", "inf"], "63 images of U and 1 of S", 100 / 50100),    # one at least
+    # one of S at least
+    ("supervised", ["--n_labeled", 100, "--grad_clip", "inf"], "63 images of U and 1 of S",
+     100 / 50100),
 ])
 def test_baselines_run(tmp_path, algorithm, flags, counts, share):
-    result = run("train.py", *SMALL, "--algorithm", algorithm, *flags, "--batch_size", 64, "--max_steps", 3, "--log_interval", 1,
-                 "--out_dir", tmp_path / "run")
+    result = run("train.py", *SMALL, "--algorithm", algorithm, *flags, "--batch_size", 64,
+                 "--max_steps", 3, "--log_interval", 1, "--out_dir", tmp_path / "run")
     assert counts in result.stdout
-    for row in read_log(tmp_path / "run"):    # sensitive images cost nothing once their loss is large
+    for row in read_log(tmp_path / "run"):    # sensitive images cost nothing where l is large
         assert row["risk"] == pytest.approx((1 - share) * row["loss_u"], rel=1e-4)
 
 
 @pytest.mark.parametrize("flags", [
     ["--dtype", "bfloat16"],
     ["--dtype", "float16"],
-    ["--correction", "nn", "--schedule", "cosine", "--prediction", "eps", "--sensitive", "4,7", "--prior", "1/11", "--batch_size", 31],
+    ["--correction", "nn", "--schedule", "cosine", "--prediction", "eps", "--sensitive", "4,7",
+     "--prior", "1/11", "--batch_size", 31],
 ])
 def test_other_choices_run(tmp_path, flags):
     run("train.py", *SMALL, *flags, "--max_steps", 3, "--out_dir", tmp_path / "run")
@@ -330,7 +362,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(small_run, tmp_
     folder = tmp_path / "run"
     shutil.copytree(small_run[0], folder)
     before = (folder / "ckpt.pt").read_bytes()
-    refused(1, "no longer finite", "train.py", "--out_dir", folder, "--resume", "--lr", "1e38", "--max_steps", 50)
+    refused(1, "no longer finite", "train.py", "--out_dir", folder, "--resume", "--lr", "1e38",
+            "--max_steps", 50)
     assert (folder / "ckpt.pt").read_bytes() == before
 
 
@@ -360,12 +393,12 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
     (["--pu_start", "9", "--max_steps", "9"], "--pu_start 9 leaves no step for the PU risk"),
     (["--keep", "0.4"], "--keep needs --scores"),
     (["--batch_size", "1"], "--batch_size 1 leaves no room"),
-    (["--batch_size", "30", "--grad_accum", "4"], "15 images cannot be divided evenly among 1 ranks with 4 micro-batches each"),
+    (["--batch_size", "30", "--grad_accum", "4"],
+     "15 images cannot be divided evenly among 1 ranks with 4 micro-batches each"),
     (["--grad_clip", "0"], "--grad_clip: 0 is not a positive number, or inf"),
     (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 does not fit in 64 bits"),
     (["--device", "banana"], "--device banana is not to be had here"),
-    pytest.param(["--device", "cuda"], "--device cuda is not to be had here",
-                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
+    pytest.param(["--device", "cuda"], "--device cuda is not to be had here", marks=NO_CUDA),
 ])
 def test_a_bad_command_line_is_refused(tmp_path, flags, words):
     refused(2, words, "train.py", *flags, "--out_dir", tmp_path / "run")
@@ -376,56 +409,70 @@ def altered(raw):
     return raw[:20] + bytes([raw[20] ^ 1]) + raw[21:]
 
 
+def edited(edit):
+    """Returns a function that applies `edit` to the unpacked bytes of a gzip file."""
+    def damage(path):
+        path.write_bytes(gzip.compress(edit(gzip.decompress(path.read_bytes()))))
+    return damage
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda path: path.unlink(), "is missing"),
     (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is damaged"),
-    (lambda path: path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-9])), "has been altered"),
-    (lambda path: path.write_bytes(gzip.compress(altered(gzip.decompress(path.read_bytes())))), "expected SHA-256 65a50cbb"),
+    (edited(lambda raw: raw[:-9]), "has been altered"),
+    (edited(altered), "expected SHA-256 65a50cbb"),
 ])
 def test_bad_data_files_are_named(tmp_path, damage, words):
     shutil.copytree(ROOT / "data" / "mnist", tmp_path / "data" / "mnist")
     path = tmp_path / "data" / "mnist" / "train-labels-idx1-ubyte.gz"
     damage(path)
-    assert path.name in refused(1, words, "train.py", "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "run")
+    line = refused(1, words, "train.py", "--data_dir", tmp_path / "data",
+                   "--out_dir", tmp_path / "run")
+    assert path.name in line
     assert not (tmp_path / "run").exists()
 
 
 def test_an_out_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("precious")
-    refused(1, f"--out_dir {tmp_path / 'file'} cannot be written", "train.py", "--out_dir", tmp_path / "file")
+    refused(1, f"--out_dir {tmp_path / 'file'} cannot be written",
+            "train.py", "--out_dir", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_a_run_is_neither_overwritten_nor_bent(small_run):
+def test_a_run_is_neither_overwritten_nor_changed(small_run):
     folder = small_run[0]
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    refused(2, f"--out_dir {folder} already holds a run", "train.py", *SMALL, "--out_dir", folder)
-    refused(2, "--prior cannot change on --resume", "train.py", "--prior", "0.4", "--out_dir", folder, "--resume")
+    refused(2, f"--out_dir {folder} already holds a run",
+            "train.py", *SMALL, "--out_dir", folder)
+    refused(2, "--prior cannot change on --resume",
+            "train.py", "--prior", "0.4", "--out_dir", folder, "--resume")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_resuming_from_nothing_or_from_garbage(tmp_path):
     refused(1, "ckpt.pt does not exist", "train.py", "--out_dir", tmp_path, "--resume")
     (tmp_path / "ckpt.pt").write_text("garbage")
-    refused(1, "ckpt.pt is not a checkpoint of train.py", "train.py", "--out_dir", tmp_path, "--resume")
+    refused(1, "ckpt.pt is not a checkpoint of train.py",
+            "train.py", "--out_dir", tmp_path, "--resume")
     assert (tmp_path / "ckpt.pt").read_text() == "garbage"
 
 
 # -----------------------------------------------------------------------------
-# the recipe of the paper, and what fills in for flags that were not given
+# the recipe of the paper, and the defaults of other flags
 
 @pytest.mark.parametrize("flags, epochs", [([], 100), (["--init_from", "start/ckpt.pt"], 20)])
 def test_the_recipe_of_the_paper(tmp_path, monkeypatch, flags, epochs):
     """Section 5 of the paper, with a smaller network: 40 images of U in batches of 16."""
-    mini = dict(channels=(8, 16), groups=4, blocks=1, attention=(), patch=2)
-    monkeypatch.setitem(unet.PRESETS, "paper", mini)
+    monkeypatch.setitem(unet.PRESETS, "paper", MINI)
     common = ["--n_unlabeled", 40, "--n_labeled", 20, "--batch_size", 16, "--device", "cpu"]
     if flags:
         run("train.py", *common, "--recipe", "paper", "--max_steps", 1, "--out_dir", "start",
             cwd=tmp_path)
     printed = run("train.py", *common, "--prior", "1/11", "--recipe", "paper", *flags,
                   cwd=tmp_path).stdout
-    folder = "mnist-pu-0.09091-recipe" + "-init_from" * bool(flags)
+    folder = "mnist-pu-0.09091-recipe"
+    if flags:
+        folder += "-init_from"
     args = torch.load(tmp_path / "out" / folder / "ckpt.pt")["args"]
     expected = dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, pu_start=0,
                     max_steps=math.ceil(epochs * 40 / 16), correction="abs", grad_clip=1.0)
@@ -435,8 +482,7 @@ def test_the_recipe_of_the_paper(tmp_path, monkeypatch, flags, epochs):
 
 
 def test_what_a_recipe_says_can_be_overruled(tmp_path, monkeypatch):
-    mini = dict(channels=(8, 16), groups=4, blocks=1, attention=(), patch=2)
-    monkeypatch.setitem(unet.PRESETS, "paper", mini)
+    monkeypatch.setitem(unet.PRESETS, "paper", MINI)
     run("train.py", "--recipe", "paper", "--batch_size", 16, "--max_steps", 2, "--lr", "1e-3",
         "--device", "cpu", "--out_dir", tmp_path / "run")
     args = torch.load(tmp_path / "run" / "ckpt.pt")["args"]
@@ -456,7 +502,7 @@ def test_the_data_sets_of_the_paper_have_its_numbers():
 
 
 def test_a_short_fine_tuning_samples_from_what_it_learned(small_run, tmp_path):
-    """20 epochs of a small U end within the 500 steps of warm-up; the average must follow."""
+    """20 epochs of a small U have fewer steps than the warm-up. The average must still follow."""
     before = torch.load(small_run[0] / "ckpt.pt")["ema"]
     run("train.py", "--init_from", small_run[0] / "ckpt.pt", "--n_unlabeled", 40, "--n_labeled", 20,
         "--batch_size", 16, "--device", "cpu", "--dtype", "float32", "--out_dir", tmp_path / "run")
@@ -466,7 +512,7 @@ def test_a_short_fine_tuning_samples_from_what_it_learned(small_run, tmp_path):
               for key in ["model", "ema"]}
     assert change["ema"] > 0.5 * change["model"]
     log = read_log(tmp_path / "run")
-    assert log[-1]["lr"] < 0.01 * 1e-4    # the cosine has come to its end
+    assert log[-1]["lr"] < 0.01 * 1e-4    # the cosine has ended
 
 
 def test_runs_of_different_kinds_have_different_folders(small_run, tmp_path):

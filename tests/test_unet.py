@@ -26,7 +26,7 @@ def n_params(model):
 
 
 def trained(config):
-    """A network whose zero-initialised layers no longer are: it computes something."""
+    """Returns a network with random weights in all layers, those that start at zero as well."""
     torch.manual_seed(0)
     model = UNet(config).eval()
     with torch.no_grad():
@@ -87,7 +87,8 @@ def test_depends_on_the_timestep():
 
 @pytest.mark.parametrize("pad", [0, 2])
 def test_patch_and_pad_keep_pixels_in_their_place(pad):
-    """Weights that are zero, but for centre taps from channel i to channel i, return the image."""
+    """The network returns its image if all weights are zero but those of the centre of each
+    kernel from channel i to channel i."""
     model = UNet(replace(SMALL, patch=2, pad=pad, channels=(8,), attention=(), groups=8))
     with torch.no_grad():
         for p in model.parameters():
