@@ -564,8 +564,8 @@ while step < args.max_steps:
             save_samples(samples_path)
         mark += time.time() - pause
         if step == pu_start:
-            print(f"step {step}: U is learned. From here on the PU risk subtracts S, with a floor "
-                  f"of {floor:.3f}; {samples_path} is what the network would have drawn", flush=True)
+            print(f"step {step}: U is learned. From here on the PU risk subtracts S (floor: "
+                  f"{floor:.3f}). {samples_path} is what the network would have drawn", flush=True)
 
 # -----------------------------------------------------------------------------
 # where everything is
