@@ -2,7 +2,7 @@
 Which images of U are probably sensitive? A positive-unlabeled (PU) classifier scores them.
 
     python pu_filter.py --prior 0.5        # writes out/filter-mnist-0.5/scores.pt and a picture
-    python train.py --prior 0.5 --scores out/filter-mnist-0.5/scores.pt
+    python train.py --prior 0.5 --algorithm unsupervised --scores out/filter-mnist-0.5/scores.pt
 
 The default method trains on all of U and S. This filter is not part of it, but a tool that you may
 choose, and its rival: sort U first, then train on the rest (--algorithm unsupervised).
@@ -183,7 +183,7 @@ def main():
         save_grids([data.train[index] for index in some], out_dir / "dropped.png")
     print_table(args, z_u, z_s, data.train_labels[u])
     print(f"{out_dir / 'dropped.png'}: what --keep {1 - args.prior:.3g} drops, and what it keeps")
-    print(f"to use it: python train.py --scores {path}, with the same data flags")
+    print(f"to use it: python train.py --algorithm unsupervised --scores {path} and these flags")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ the estimate negative all the same, so it is corrected:
             (non-negative PU learning, Kiryo et al. 2017, arXiv:1703.00593, algorithm 1)
     none    no correction: unbiased, and free to diverge
 
-Zero is a weak bound. A network cannot know normal images much better than it knew all of U when it
-was trained on nothing else; an estimate far below that is a sign of S learned by heart. Such a
-bound takes the place of zero where it is known: |difference - floor| + floor, as in flooding
-(Ishida et al. 2020, arXiv:2002.08709).
+Nothing holds l on sensitive images down: it may grow for ever, and the noise of the difference
+grows with it. But the identity above holds for any function of l, so also for min(l, limit). Beyond
+the limit an image of U or of S is not pushed any further, and the difference is as exact as before.
 """
 import math
 
@@ -47,16 +46,15 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
 
 
 def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction: str = "abs",
-            floor: float = 0.0, negative: torch.Tensor = None) -> torch.Tensor:
+            negative: torch.Tensor = None) -> torch.Tensor:
     """The PU risk of Takahashi et al. -> scalar.
 
     loss_u [B_u], loss_s [B_s]: the losses of unlabeled and of labeled sensitive images
     prior: the fraction of sensitive images in U, in (0, 1)
     correction: "abs", "nn" or "none"
-    floor: a lower bound of (1 - prior) E_N[l]; 0 as published
     negative: bool scalar, for images that are one equal part of a larger batch: is the difference
-        minus the floor negative for the whole batch? Then the mean of the parts' risks is the risk
-        of the batch, and so are the gradients. Default: decided by these images.
+        negative for the whole batch? Then the mean of the parts' risks is the risk of the batch,
+        and so are the gradients. Default: decided by these images.
     Raises ValueError for an unknown correction or a prior outside (0, 1).
     """
     if not 0 < prior < 1:
@@ -64,14 +62,23 @@ def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction
     sensitive = prior * -log1mexp(loss_s).mean()
     normal = loss_u.mean() - prior * loss_s.mean()    # estimates (1 - prior) E_N[l]
     if negative is None:
-        negative = normal < floor
+        negative = normal < 0
     if correction == "abs":
-        return sensitive + torch.where(negative, 2 * floor - normal, normal)
+        return sensitive + torch.where(negative, -normal, normal)
     if correction == "nn":
         return torch.where(negative, -normal, sensitive + normal)
     if correction == "none":
         return sensitive + normal
     raise ValueError(f"unknown correction {correction!r}: choose abs, nn or none")
+
+
+def limited(loss: torch.Tensor, t: torch.Tensor, typical: torch.Tensor, limit: float,
+            T: int = 1000) -> torch.Tensor:
+    """min(l, limit * the typical l at that timestep) -> [B], for images of U and of S alike.
+
+    loss [B], t [B] in [0, T); typical [K]: mean l on U by K equal ranges of the timesteps
+    """
+    return loss.minimum(limit * typical[t * len(typical) // T])
 
 
 def sensitive_per_batch(batch_size: int, prior: float) -> int:

@@ -33,7 +33,7 @@ from diffusion import GaussianDiffusion
 from images import join_pngs, save_grid, to_float, to_uint8
 from pretrained import load_pretrained
 from pu_filter import read_scores
-from pu_loss import pu_loss, sensitive_per_batch, supervised_loss, unsupervised_loss
+from pu_loss import limited, pu_loss, sensitive_per_batch, supervised_loss, unsupervised_loss
 from runtime import (
     compiled,
     count,
@@ -60,13 +60,13 @@ from unet import PRESETS, UNet, UNetConfig, check, preset
 # what flags that are not given stand for: by network, ...
 DEFAULTS = {
     "tiny": dict(schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200, max_steps=4000,
-                 pu_start=0.5),
+                 pu_start=0.5, limit=3.0),
     "paper": dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, max_steps=20000,
-                  pu_start=0.5),    # and for networks of your own
+                  pu_start=0.5, limit=3.0),    # and for networks of your own
 }
 # ... and where the recipe, or a model to start from, says more (section 5 of the paper)
 PAPER = dict(model="paper", schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500,
-             max_steps=None, epochs=100, pu_start=0)
+             max_steps=None, epochs=100, pu_start=0, limit=math.inf)
 FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs=20, pu_start=0)
 
 parser = argparse.ArgumentParser(description=__doc__, usage="python train.py [--flag value ...]",
@@ -82,11 +82,12 @@ group.add_argument("--algorithm", default="pu",
 group.add_argument("--recipe", choices=["paper"],
                    help="paper: network, schedule, optimizer and epochs of the paper")
 group.add_argument("--pu_start", type=step_or_share,
-                   help="step, or share of --max_steps, where the PU risk begins (default: 1/2)")
+                   help="step, or share of the steps, where the PU risk begins (default: 1/2, or 0 "
+                        "with --recipe and --init_from)")
 group.add_argument("--correction", default="abs", choices=["abs", "nn", "none"],
                    help="of a negative estimate of the normal loss (default: abs)")
-group.add_argument("--floor", type=decay, default=0.9,
-                   help="under the estimate, a share of what U alone came to (default: 0.9)")
+group.add_argument("--limit", type=positive_or_inf,
+                   help="l counts up to this multiple of what is typical of U (default: 3)")
 group.add_argument("--loss_prior", type=fraction, help="a wrong prior, to study (default: --prior)")
 group.add_argument("--scores", type=Path, help="of pu_filter.py: leave out what scores high")
 group.add_argument("--keep", type=fraction,
@@ -106,8 +107,6 @@ group.add_argument("--grad_accum", type=positive, default=1,
                    help="micro-batches a step, to save memory (default: 1)")
 group.add_argument("--max_steps", type=positive, help="optimizer steps (default: the model's)")
 group.add_argument("--lr", type=positive_float, help="peak learning rate (default: the model's)")
-group.add_argument("--pu_lr", type=positive_float,
-                   help="peak where the PU risk begins after a first part (default: half of --lr)")
 group.add_argument("--warmup_steps", type=count, help="steps of linear warm-up")
 group.add_argument("--grad_clip", type=positive_or_inf, default=1.0,
                    help="largest gradient norm (default: 1)")
@@ -124,7 +123,7 @@ group.add_argument("--sample_interval", type=positive, default=500,
 group.add_argument("--out_dir", type=Path, help="(default: out/DATASET-ALGORITHM-PRIOR)")
 group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out_dir")
 
-MAY_CHANGE = {"lr", "pu_lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
+MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
               "max_steps", "data_dir", "out_dir", "resume"}
 
 args = parser.parse_args()
@@ -177,8 +176,8 @@ if args.init_from and not ckpt:
     with exit_status(parser):
         data_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
         with first_rank_first():
-            given, its_diffusion = load_pretrained(args.init_from, data_dir)
-        known = dict(schedule=its_diffusion.schedule, prediction=its_diffusion.prediction)
+            given, given_diffusion = load_pretrained(args.init_from, data_dir)
+        known = dict(schedule=given_diffusion.schedule, prediction=given_diffusion.prediction)
         if "image_size" in DATASETS[args.dataset]:    # whose images are resized to what it has
             known |= dict(image_size=given.config.image_size, channels=given.config.image_channels)
         for name, value in known.items():
@@ -186,10 +185,10 @@ if args.init_from and not ckpt:
                 raise ValueError(f"--{name} {getattr(args, name)} is not what {args.init_from} "
                                  f"was trained with, {value}")
 
-layers = [known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
+sources = [known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
           DATASETS[args.dataset]]
-network = args.model or ChainMap(*layers)["model"]
-choices = ChainMap(*layers, DEFAULTS.get(network, DEFAULTS["paper"]))
+network = args.model or ChainMap(*sources)["model"]
+choices = ChainMap(*sources, DEFAULTS.get(network, DEFAULTS["paper"]))
 for name, value in choices.items():
     if getattr(args, name, value) is None:
         setattr(args, name, value)
@@ -205,9 +204,9 @@ with exit_status(parser):
     channels, size = data.train.shape[1:3]
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
                     args.n_labeled, args.seed)
+    n_unlabeled, n_labeled = len(u), len(s)
     if args.algorithm == "oracle":
         u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
-    n_unlabeled, n_labeled = len(u), len(s)
     args.loss_prior = args.loss_prior or args.prior
     loss_prior = args.loss_prior
     if args.scores:
@@ -218,34 +217,33 @@ with exit_status(parser):
     # how long, and where the second part begins
     if args.max_steps is None:
         args.max_steps = math.ceil(choices["epochs"] * n_unlabeled / args.batch_size)
-    pu_start = args.pu_start
-    if args.algorithm != "pu":
-        pu_start = 0
-    elif pu_start < 1:    # a share
+    pu_start = args.pu_start if args.algorithm == "pu" else 0
+    if pu_start < 1:    # a share
         pu_start = round(pu_start * args.max_steps)
     pu_start = int(pu_start)
     if ckpt:
         pu_start = ckpt["pu_start"]    # also where --max_steps is another now
-    if pu_start >= args.max_steps and not ckpt:
+    elif pu_start >= args.max_steps:
         raise ValueError(f"--pu_start {args.pu_start:g} leaves no step for the PU risk: "
                          f"--max_steps is {args.max_steps}")
+    knows_u = args.algorithm == "pu" and args.limit < math.inf and (pu_start > 0 or args.init_from)
 
     # how many images of U and of S a step takes
     n_s = 0
+    share_s = len(s) / (len(u) + len(s))
     if args.algorithm == "pu":
         if not loss_prior < 1:
             raise ValueError(f"--scores {args.scores} leave a prior of {loss_prior:.3g}: they, or "
                              f"--prior, are wrong")
         n_s = sensitive_per_batch(args.batch_size, loss_prior)
-        if args.scores and len(s) < max(n_s, 1):
-            raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the "
-                             f"{max(n_s, 1)} a step takes: they would be learned by heart. Use "
-                             f"--algorithm unsupervised, or a larger --keep")
     elif args.algorithm == "supervised":
-        share_s = n_labeled / (n_labeled + n_unlabeled)
-        n_s = max(1, round(share_s * args.batch_size))
+        n_s = min(max(1, round(share_s * args.batch_size)), args.batch_size // 2)
+    if args.scores and args.algorithm in ("pu", "supervised") and len(s) < max(1, n_s):
+        raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than a step "
+                         f"takes ({n_s}): they would be learned by heart. Use --algorithm "
+                         f"unsupervised, or a larger --keep")
     n_u = args.batch_size - n_s
-    if n_u == 0 or n_s == 0 and args.algorithm in ("pu", "supervised"):
+    if n_s == 0 and args.algorithm in ("pu", "supervised"):
         raise ValueError(f"--batch_size {args.batch_size} leaves no room for images of U and of S")
     micro_batches = world * args.grad_accum    # a step, over all ranks
     for n in [n_u, n_s, args.batch_size]:
@@ -301,25 +299,20 @@ if args.compile:
     optimizer.zero_grad()
 
 def learning_rate(step):
-    """Linear warm-up, constant while U is learned; from the last part's beginning a cosine to 0."""
+    """Linear warm-up, constant while U is learned, then a cosine down to 0."""
     warmup_steps = min(args.warmup_steps, args.max_steps // 4)
     warmup = min(1, (step + 1) / (warmup_steps + 1))
-    if step < pu_start:
-        return warmup * args.lr
-    peak = args.lr
-    if pu_start:
-        peak = args.pu_lr or 0.5 * args.lr
-    start = max(pu_start, warmup_steps)
+    start = max(pu_start, warmup_steps)    # of the cosine
     progress = max(0, step - start) / max(1, args.max_steps - start)
-    return warmup * peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return warmup * args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 def averaging(step):
     """The decay of the moving average. It soon forgets random weights, and reaches back over at
-    most a quarter of the run: a short fine-tuning would sample from the model it started from."""
-    decay = min(args.ema_decay, max(0, 1 - 4 / args.max_steps))
+    most a quarter of the run; otherwise a short fine-tuning would sample from the old model."""
+    slow = min(args.ema_decay, max(0, 1 - 4 / args.max_steps))
     if not args.init_from:
-        decay = min(decay, (1 + step) / (10 + step))
-    return decay
+        slow = min(slow, (1 + step) / (10 + step))
+    return slow
 
 # -----------------------------------------------------------------------------
 # one step
@@ -352,11 +345,24 @@ def read_images(index):
         x_0 = x_0.pin_memory()
     return to_float(x_0.to(device, non_blocking=True))
 
+def typical_losses():
+    """What images of U cost the network now -> [20], the mean l by twentieths of the timesteps."""
+    generator = torch.Generator(device).manual_seed(args.seed)    # training's is left alone
+    t = torch.arange(200, device=device) * diffusion.T // 200
+    total = torch.zeros(200, device=device)
+    with torch.no_grad():
+        for _ in range(20):
+            chosen = torch.randint(len(u), (200,), generator=generator, device=device)
+            x_0 = read_images(u[chosen.to(u.device)])
+            eps = torch.randn(x_0.shape, generator=generator, device=device)
+            total += eager(x_0, t, eps)
+    return total.view(20, 10).mean(1) / 20
+
 def accumulate_gradients(batch, n_u, n_s, negative=None):
     """Sends this rank's micro-batches of a batch forward and backward.
 
-    negative: is E_U[l] - prior E_S[l] of the whole batch below the floor? None: the micro-batches
-        that the ranks are at are the whole batch, and decide
+    negative: is E_U[l] - prior E_S[l] of the whole batch negative? None, where each rank has one
+        micro-batch: they are the whole batch, and decide
     -> {name: mean over the micro-batches} for the log
     """
     means = {}
@@ -370,30 +376,34 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
         eps = part["eps"].contiguous(memory_format=torch.channels_last)
         net.require_backward_grad_sync = first + world >= micro_batches    # for DDP: after the last
         loss = per_image_loss(x_0, part["t"], eps)
-        loss_u, loss_s = loss.split([n_u // micro_batches, n_s // micro_batches])
+        sizes = [n_u // micro_batches, n_s // micro_batches]
+        loss_u, loss_s = loss.split(sizes)
+        found = {}
 
-        whole_is_negative = negative
         if n_s == 0:
             risk = unsupervised_loss(loss_u)
         elif args.algorithm == "supervised":
             risk = supervised_loss(loss_u, loss_s, share_s)
         else:
+            counted_u, counted_s = loss_u, loss_s
+            if typical is not None:
+                counted_u, counted_s = limited(loss, part["t"], typical, args.limit).split(sizes)
+            difference = (counted_u.mean() - loss_prior * counted_s.mean()).detach()
             if negative is None:
-                difference = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
-                whole_is_negative = over_ranks(difference) < floor
-            risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, floor, whole_is_negative)
+                negative = over_ranks(difference) < 0
+            risk = pu_loss(counted_u, counted_s, loss_prior, args.correction, negative)
+            found["difference"] = difference
+            found["corrected"] = negative * (args.correction != "none")
         scaler.scale(risk / args.grad_accum).backward()
 
-        found = dict(risk=risk, loss_u=loss_u.mean())
-        if n_s > 0:
-            found["loss_s"] = loss_s.mean()
-        if args.algorithm == "pu" and n_s > 0:
-            found["corrected"] = whole_is_negative * (args.correction != "none")
-        t_u, t_s = part["t"].split([len(loss_u), len(loss_s)])
-        for third, name in enumerate(["low", "middle", "high"]):    # of T, where losses differ
-            found[f"loss_u_{name}_t"] = (3 * loss_u * (3 * t_u // diffusion.T == third)).mean()
-            if n_s > 0:
-                found[f"loss_s_{name}_t"] = (3 * loss_s * (3 * t_s // diffusion.T == third)).mean()
+        found["risk"] = risk
+        of_u, of_s = part["t"].split(sizes)
+        for name, losses, t in [("loss_u", loss_u, of_u), ("loss_s", loss_s, of_s)]:
+            if len(losses) > 0:
+                found[name] = losses.mean()
+                for third, where in enumerate(["low", "middle", "high"]):    # a third of all t each
+                    inside = 3 * t // diffusion.T == third
+                    found[f"{name}_{where}_t"] = (3 * losses * inside).mean()
         for name, value in found.items():
             means[name] = means.get(name, 0) + value.detach() / args.grad_accum
     return means
@@ -402,21 +412,22 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
 # what a run leaves behind, and how it goes on
 
 step, sums, counted, seconds = 0, {}, 0, 0.0    # sums: of the means of the `counted` last steps
-floor = 0.0    # under the estimate of (1 - prior) E_N[l]
+typical = None    # l on U by timestep, once the network knows U
+trained = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
 if ckpt:
-    model.load_state_dict(ckpt["model"])
-    ema.load_state_dict(ckpt["ema"])
-    optimizer.load_state_dict(ckpt["optimizer"])
-    scaler.load_state_dict(ckpt["scaler"])
+    for name, part in trained.items():
+        part.load_state_dict(ckpt[name])
     step, counted, seconds = ckpt["step"], ckpt["counted"], ckpt["seconds"]
-    floor = ckpt["floor"]
+    if ckpt["typical"] is not None:
+        typical = ckpt["typical"].to(device)
     sums = {name: value.to(device) for name, value in ckpt["sums"].items()}
     torch.set_rng_state(ckpt["rng"]["cpu"])
     if device.type != "cpu" and device.type in ckpt["rng"]:
         getattr(torch, device.type).set_rng_state(ckpt["rng"][device.type])
 first_step, start, mark = step, time.time(), time.time()
 
-columns = ["step", "risk", "loss_u", "loss_s", "corrected", "lr", "images_per_second", "seconds",
+columns = ["step", "risk", "loss_u", "loss_s", "difference", "corrected", "lr",
+           "images_per_second", "seconds",
            *(f"loss_{of}_{t}_t" for of in "us" for t in ["low", "middle", "high"])]
 log_path = args.out_dir / "log.csv"
 rows = []
@@ -450,10 +461,10 @@ def save_checkpoint():
         rng[device.type] = getattr(torch, device.type).get_rng_state()
     plain_args = {name: str(value) if isinstance(value, Path) else value
                   for name, value in vars(args).items()}
-    state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                 scaler=scaler.state_dict(), config=asdict(config), args=plain_args,
-                 loss_prior=loss_prior, pu_start=pu_start, floor=floor, counts=counts, step=step,
-                 sums=sums, counted=counted, rng=rng, seconds=seconds + time.time() - start)
+    state = {name: part.state_dict() for name, part in trained.items()}
+    state |= dict(config=asdict(config), args=plain_args, loss_prior=loss_prior, pu_start=pu_start,
+                  typical=typical, counts=counts, step=step, sums=sums, counted=counted, rng=rng,
+                  seconds=seconds + time.time() - start)
     with exit_status(parser):
         write_whole(ckpt_path, lambda part: torch.save(state, part))
 
@@ -471,19 +482,16 @@ signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; "
 # what is about to happen
 
 difference = f"E_U[l] - {loss_prior:.4g} E_S[l]"
-absolute = f"|{difference}|"
-if pu_start and args.floor > 0:
-    absolute = f"|{difference} - floor| + floor"
-corrected = {"abs": absolute, "nn": f"max(0, {difference})", "none": difference}
+corrected = {"abs": f"|{difference}|", "nn": f"max(0, {difference})", "none": difference}
 ordinary = f"the ordinary diffusion loss, E_U[l], on {args.batch_size} images of U a step"
 objective = {
     "pu": f"the PU risk, {loss_prior:.4g} E_S[-log(1 - exp(-l))] + {corrected[args.correction]}, "
           f"on {n_u} images of U and {n_s} of S a step",
-    "supervised": f"the supervised risk, {len(u) / sum(counts):.4g} E_U[l] + "
-                  f"{len(s) / sum(counts):.4g} E_S[-log(1 - exp(-l))], "
+    "supervised": f"the supervised risk, {1 - share_s:.4g} E_U[l] + "
+                  f"{share_s:.4g} E_S[-log(1 - exp(-l))], "
                   f"on {n_u} images of U and {n_s} of S a step",
     "unsupervised": ordinary,
-    "oracle": f"{ordinary}, all of them normal by labels that nobody has",
+    "oracle": f"{ordinary}, the {len(u):,} that are normal by labels that nobody has",
 }[args.algorithm]
 print(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
       f"({args.sensitive or 'your estimate'}); S has {n_labeled:,}")
@@ -493,6 +501,8 @@ if args.scores:
 if pu_start:
     print(f"steps 1 to {pu_start} minimise {ordinary}")
 print(f"steps {pu_start + 1} to {args.max_steps} minimise {objective}")
+if knows_u:
+    print(f"in the PU risk, l counts up to {args.limit:g} times what U costs at the same timestep")
 if args.algorithm == "pu" and len(s) < 4 * n_s:
     print(f"S is small: {len(s)} images are soon learned by heart. Watch the samples, raise "
           f"--pu_start if they suffer, or sort U by pu_filter.py and use --scores")
@@ -512,17 +522,18 @@ while step < args.max_steps:
     composition = (n_u, n_s)
     if step < pu_start:
         composition = (args.batch_size, 0)
+    elif knows_u and typical is None:
+        typical = typical_losses()
     batch = draw_batch(*composition)
 
-    if args.grad_accum == 1:
-        means = accumulate_gradients(batch, *composition)
-    else:    # take the difference for positive; where the whole batch disagrees, do it again
-        no = torch.zeros((), dtype=torch.bool, device=device)
-        means = accumulate_gradients(batch, *composition, negative=no)
-        if "corrected" in means and args.correction != "none":
-            if over_ranks(means["loss_u"] - loss_prior * means["loss_s"]) < floor:
-                optimizer.zero_grad()
-                means = accumulate_gradients(batch, *composition, negative=~no)
+    guess = None
+    if args.grad_accum > 1:    # positive; where the whole batch disagrees, the step is done again
+        guess = torch.zeros((), dtype=torch.bool, device=device)
+    means = accumulate_gradients(batch, *composition, guess)
+    if guess is not None and "difference" in means and args.correction != "none":
+        if over_ranks(means["difference"]) < 0:
+            optimizer.zero_grad()
+            means = accumulate_gradients(batch, *composition, ~guess)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     scaler.step(optimizer)
@@ -554,8 +565,6 @@ while step < args.max_steps:
                                 seconds=round(seconds + elapsed, 1)))
         log_file.flush()
         sums, counted, mark = {}, 0, time.time()
-    if step == pu_start:
-        floor = args.floor * (1 - loss_prior) * row["loss_u"]
     if save_is_due:
         pause = time.time()
         samples_path = args.out_dir / f"samples_{step:06d}.png"
@@ -564,8 +573,8 @@ while step < args.max_steps:
             save_samples(samples_path)
         mark += time.time() - pause
         if step == pu_start:
-            print(f"step {step}: U is learned. From here on the PU risk subtracts S (floor: "
-                  f"{floor:.3f}). {samples_path} is what the network would have drawn", flush=True)
+            print(f"step {step}: U is learned. From here on the PU risk subtracts S; "
+                  f"{samples_path} is what the network would have drawn", flush=True)
 
 # -----------------------------------------------------------------------------
 # where everything is

@@ -67,15 +67,15 @@ def torchrun(script, *flags):
     return result.stdout
 
 
-SMALL = ["--dataset", "mnist", "--prior", "0.5", "--pu_start", 0, "--device", "cpu",
-         "--dtype", "float32", "--batch_size", 32, "--warmup_steps", 5]
+SMALL = ["--dataset", "mnist", "--prior", "0.5", "--pu_start", 0, "--limit", "inf",
+         "--device", "cpu", "--dtype", "float32", "--batch_size", 32, "--warmup_steps", 5]
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     """The default training, 15 steps of each part. Returns its folder and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "results"
-    flags = [*SMALL, "--pu_start", "1/2", "--max_steps", 30, "--log_interval", 10,
+    flags = [*SMALL, "--pu_start", "1/2", "--limit", 3, "--max_steps", 30, "--log_interval", 10,
              "--sample_interval", 20, "--out_dir", folder]
     result = subprocess.run(command("train.py", *flags), stdout=subprocess.PIPE, text=True,
                             check=True)

@@ -7,7 +7,14 @@ import torch
 import torch.nn as nn
 
 from diffusion import GaussianDiffusion
-from pu_loss import log1mexp, pu_loss, supervised_loss, unsupervised_loss
+from pu_loss import (
+    limited,
+    log1mexp,
+    pu_loss,
+    sensitive_per_batch,
+    supervised_loss,
+    unsupervised_loss,
+)
 
 # x, log(1 - exp(-x)) and its derivative 1 / (exp(x) - 1), computed with mpmath at 60 digits
 LOG1MEXP = [
@@ -197,17 +204,22 @@ def test_parts_of_a_batch_average_to_the_whole(correction, shift):
         assert abs(alone - risk) > 0.01
 
 
-@pytest.mark.parametrize("level, floor, value, slope", [
-    (10.0, 0.0, 6.0, 1.0),     # 10 - 0.5 * 8 is above the floor
-    (10.0, 5.0, 6.0, 1.0),
-    (10.0, 7.0, 8.0, -1.0),    # below it: as far above as it is below
-    (3.0, 0.0, 1.0, -1.0),     # without a floor, the bars of the paper
-])
-def test_a_floor_takes_the_place_of_zero(level, floor, value, slope):
-    """|E_U[l] - prior E_S[l] - floor| + floor, by hand; l_S = 8 leaves 0.0003 of the first term."""
-    loss_u = torch.full((4,), level, requires_grad=True)
-    loss_s = torch.full((2,), 8.0)
-    risk = pu_loss(loss_u, loss_s, 0.5, floor=floor)
-    assert risk.item() == pytest.approx(value, abs=1e-3)
-    risk.backward()
-    assert torch.equal(loss_u.grad, torch.full((4,), slope / 4))
+def test_the_limit_depends_on_the_timestep_and_stops_the_gradient():
+    loss = torch.tensor([5.0, 30.0, 30.0, 100.0], requires_grad=True)
+    t = torch.tensor([0, 499, 500, 999])
+    capped = limited(loss, t, typical=torch.tensor([10.0, 20.0]), limit=2)
+    assert capped.tolist() == [5, 20, 30, 40]
+    capped.sum().backward()
+    assert loss.grad.tolist() == [1, 0, 1, 0]
+
+
+def test_the_number_of_sensitive_images_is_where_the_difference_is_least_noisy():
+    """Var(mean_u - prior mean_s) = 1 / n_u + prior^2 / n_s for losses of variance 1."""
+    for batch_size, prior in [(128, 0.5), (128, 1 / 11), (1024, 0.3)]:
+        def variance(n_s, batch_size=batch_size, prior=prior):
+            return 1 / (batch_size - n_s) + prior ** 2 / n_s
+        n_s = sensitive_per_batch(batch_size, prior)
+        assert n_s % 8 == 0
+        best = min(range(1, batch_size), key=variance)
+        assert best <= n_s < best + 9
+    assert sensitive_per_batch(2, 0.9) == 1    # each is paired with one of U

@@ -53,8 +53,8 @@ def test_a_run_says_what_it_minimises(small_run):
     assert lines[1] == ("steps 1 to 15 minimise the ordinary diffusion loss, E_U[l], on 32 images "
                         "of U a step")
     assert lines[2] == ("steps 16 to 30 minimise the PU risk, 0.5 E_S[-log(1 - exp(-l))] + "
-                        "|E_U[l] - 0.5 E_S[l] - floor| + floor, on 16 images of U and 16 of S a "
-                        "step")
+                        "|E_U[l] - 0.5 E_S[l]|, on 16 images of U and 16 of S a step")
+    assert "l counts up to 3 times what U costs at the same timestep" in lines[3]
     assert "step 15: U is learned. From here on the PU risk subtracts S" in small_run[1]
     for words in ["step 30/30", "risk", "l_U", "l_S", "lr", "images/s", "left", "before_after.png",
                   f"python sample.py --ckpt {small_run[0]}"]:
@@ -65,13 +65,12 @@ def test_the_log_of_both_parts(small_run):
     """A row is empty where nothing was computed, and never nan."""
     for row in read_log(small_run[0]):
         assert not any(math.isnan(value) for value in row.values())
-        of_s = {name for name in row if name.startswith("loss_s") or name == "corrected"}
-        assert len(of_s) == (0 if row["step"] <= 15 else 5)
+        of_s = {name for name in row if name.startswith(("loss_s", "difference", "corrected"))}
+        assert len(of_s) == (0 if row["step"] <= 15 else 6)
         if row["step"] <= 15:
             assert row["risk"] == row["loss_u"]
-        elif row["corrected"] == 0:    # sensitive images cost nothing once their loss is large
-            expected = row["loss_u"] - 0.5 * row["loss_s"]
-            assert row["risk"] == pytest.approx(expected, rel=1e-5)
+        else:    # sensitive images cost nothing once their loss is large
+            assert row["risk"] == pytest.approx(row["difference"], rel=1e-5)
 
 
 def test_learning_rate(small_run, tmp_path):
@@ -80,7 +79,7 @@ def test_learning_rate(small_run, tmp_path):
     for row in read_log(small_run[0]):
         lr = 2e-3
         if row["step"] > 15:
-            lr = 1e-3 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1 - 15) / 15))
+            lr = 2e-3 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1 - 15) / 15))
         assert row["lr"] == pytest.approx(lr)
     run("train.py", *SMALL, "--max_steps", 21, "--log_interval", 1, "--out_dir", tmp_path / "run")
     for row in read_log(tmp_path / "run"):
@@ -90,29 +89,39 @@ def test_learning_rate(small_run, tmp_path):
         assert row["lr"] == pytest.approx(lr)
 
 
-def test_both_parts_step_by_step_by_hand(tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", [math.inf, 1.0])
+def test_both_parts_step_by_step_by_hand(tmp_path, monkeypatch, limit):
     """A step on E_U[l] and one on the PU risk, by AdamW, from the weights of the seed."""
-    flags = ["--pu_start", 1, "--max_steps", 2, "--warmup_steps", 0, "--ema_decay", 0,
-             "--grad_clip", "inf", "--lr", "1e-3", "--pu_lr", "1e-3", "--out_dir", tmp_path / "run"]
-    first, second = overhear(monkeypatch, *flags)
-    assert [len(x_0) for x_0, _, _ in (first, second)] == [32, 32]
+    flags = ["--limit", limit, "--pu_start", 1, "--max_steps", 2, "--warmup_steps", 0,
+             "--ema_decay", 0, "--grad_clip", "inf", "--lr", "1e-3",
+             "--out_dir", tmp_path / "run"]
+    first, *typical, second = overhear(monkeypatch, *flags, "--log_interval", 1)
+    assert len(first[0]) == len(second[0]) == 32
+    assert len(typical) == (0 if limit == math.inf else 20)
 
     torch.manual_seed(0)
     model = unet.UNet(unet.preset("tiny", 1, 28)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     process = diffusion.GaussianDiffusion(1000, "lognormal", "v")
-    first_loss = process.per_image_loss(model, *first).mean()
-    first_loss.backward()
+    process.per_image_loss(model, *first).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    loss_u, loss_s = process.per_image_loss(model, *second).split(16)
+    loss = process.per_image_loss(model, *second)
+    if typical:    # 4,000 images of U, 200 in each twentieth of the timesteps
+        with torch.no_grad():
+            t = torch.cat([t for _, t, _ in typical])
+            of_u = torch.cat([process.per_image_loss(model, *batch) for batch in typical])
+        limits = limit * torch.stack([of_u[t // 50 == k].mean() for k in range(20)])
+        limits = limits[second[1] // 50]
+        assert 3 < (loss > limits).sum() < 29
+        loss = torch.where(loss > limits, limits, loss)
+    loss_u, loss_s = loss.split(16)
     sensitive = -0.5 * torch.log(1 - torch.exp(-loss_s)).mean()
-    floor = 0.9 * 0.5 * first_loss.item()
-    difference = loss_u.mean() - 0.5 * loss_s.mean()
-    (sensitive + (difference - floor).abs() + floor).backward()
+    risk = sensitive + (loss_u.mean() - 0.5 * loss_s.mean()).abs()
+    risk.backward()
+    assert read_log(tmp_path / "run")[1]["risk"] == pytest.approx(risk.item(), rel=1e-4)
     optimizer.step()
     ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
-    assert ckpt["floor"] == pytest.approx(floor)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(ckpt["model"][name], weight, rtol=0, atol=1e-4)
     assert same(ckpt["model"], ckpt["ema"])    # a decay of 0 averages nothing
@@ -233,7 +242,7 @@ def same(a, b):
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtype):
     """Ctrl-C comes after the checkpoint of step 15, which lies between two log lines and before
     the PU risk begins at step 18."""
-    flags = [*SMALL, "--dtype", dtype, "--pu_start", "0.6", "--max_steps", 30,
+    flags = [*SMALL, "--dtype", dtype, "--pu_start", "0.6", "--limit", 2, "--max_steps", 30,
              "--log_interval", 12, "--sample_interval", 15]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run("train.py", *flags, "--out_dir", whole)
@@ -270,7 +279,8 @@ def whole_batches(small_run, tmp_path_factory):
         folder = tmp_path_factory.mktemp("whole") / "run"
         flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction,
                  "--sensitive", "even", "--loss_prior", 0.99, "--lr", 1e-4, "--warmup_steps", 2,
-                 "--pu_start", 1, "--pu_lr", 1e-4, "--max_steps", 5, "--log_interval", 1]
+                 "--pu_start", 1, "--limit", 3, "--max_steps", 5,
+                 "--log_interval", 1]
         run("train.py", *flags, "--out_dir", folder)
         assert {row["corrected"] for row in read_log(folder)[1:]} == {0, 1}
         runs[correction] = flags, folder
