@@ -239,9 +239,9 @@ with exit_status(parser):
     elif args.algorithm == "supervised":
         n_s = min(max(1, round(share_s * args.batch_size)), args.batch_size // 2)
     if args.scores and args.algorithm in ("pu", "supervised") and len(s) < max(1, n_s):
-        raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than a step "
-                         f"takes ({n_s}): they would be learned by heart. Use --algorithm "
-                         f"unsupervised, or a larger --keep")
+        raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the "
+                         f"{max(1, n_s)} a step takes: they would be learned by heart. Use "
+                         f"--algorithm unsupervised, or a larger --keep")
     n_u = args.batch_size - n_s
     if n_s == 0 and args.algorithm in ("pu", "supervised"):
         raise ValueError(f"--batch_size {args.batch_size} leaves no room for images of U and of S")

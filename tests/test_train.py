@@ -74,8 +74,8 @@ def test_the_log_of_both_parts(small_run):
 
 
 def test_learning_rate(small_run, tmp_path):
-    """The rate warms up, is constant while U is learned, then falls from half of --lr to 0 along a
-    cosine. Without a first part, the cosine follows the warm-up. Rows count steps from 1."""
+    """The rate warms up, is constant while U is learned, then falls to 0 along a cosine. Without a
+    first part it falls at once. A row has the rate of its last step, number step - 1."""
     for row in read_log(small_run[0]):
         lr = 2e-3
         if row["step"] > 15:
