@@ -228,7 +228,9 @@ def decode_all(paths: list, image_size: int, channels: int, folder: Path) -> tup
         write_whole(cache, partial(write_records, paths=paths, record=record))
     try:
         records = np.memmap(cache, record, mode="c")    # copy on write: no tensor is read-only
-    except ValueError as error:    # not a number of records
+        if len(records) < 0.99 * len(paths):
+            raise ValueError("it has been cut off")
+    except ValueError as error:    # also where its size is not a number of records
         raise OSError(f"{cache} is damaged ({error}): delete it to decode again") from None
     return torch.from_numpy(records["image"]), torch.from_numpy(records["index"].copy())
 
