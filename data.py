@@ -21,7 +21,7 @@ from images import save_grids
 from runtime import exit_status, fraction, positive, seed
 
 DATA_DIR = Path(__file__).parent / "data"
-FITS = 2 ** 29    # bytes of images that are kept on the device; more stay in their file
+MAX_ON_DEVICE = 2 ** 29    # bytes of images; more stay in their file
 
 # classes: names, in the order of their numbers. groups: names for several classes.
 # Defaults: `sensitive` must not be generated, U has n_normal normal images, S has n_labeled;
@@ -91,7 +91,7 @@ def load(name: str, data_dir: Path = DATA_DIR, image_size: int = None,
 
 def digest(images: torch.Tensor) -> str:
     """Returns a checksum of the images. If they are very many, it reads only every k-th."""
-    k = 1 + images.numel() // FITS
+    k = 1 + images.numel() // MAX_ON_DEVICE
     return hashlib.sha256(images[::k].numpy().tobytes()).hexdigest()
 
 
@@ -175,6 +175,17 @@ def split(name: str, data: Images, sensitive: str = None, prior: float = 0.5,
     classes = parse_classes(name, sensitive or defaults["sensitive"])
     n_unlabeled = n_unlabeled or round(defaults["n_normal"] / (1 - prior))
     return pu_split(data, classes, prior, n_unlabeled, n_labeled or defaults["n_labeled"], seed)
+
+
+def on_device(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor,
+              device: torch.device) -> tuple:
+    """Puts the images of U and S on the device, unless they are too many: those stay in their file.
+    -> images, and the new indices of U and S in them."""
+    sizes = [len(u), len(s)]
+    if sum(sizes) * images[0].numel() > MAX_ON_DEVICE:
+        return images, u, s
+    images = torch.cat([images[u], images[s]]).to(device)
+    return images, *torch.arange(sum(sizes), device=device).split(sizes)
 
 
 # -----------------------------------------------------------------------------

@@ -81,15 +81,37 @@ def limited(loss: torch.Tensor, t: torch.Tensor, typical: torch.Tensor, limit: f
     return loss.minimum(limit * typical[t * len(typical) // T])
 
 
-def sensitive_per_batch(batch_size: int, prior: float) -> int:
-    """How many images of a batch to draw from S, so that the risk is least noisy.
+def batch_composition(algorithm: str, batch_size: int, prior: float, share_s: float) -> tuple:
+    """How many images of U and of S a step takes -> n_u, n_s.
 
-    The variance of E_U[l] - prior E_S[l] is smallest where the share of S is prior / (1 + prior).
-    Rounded up to a multiple of 8, which most numbers of ranks and micro-batches divide, and at
-    most half of the batch, for each image of S is paired with one of U.
-    """
-    share = prior / (1 + prior)
-    return min(8 * math.ceil(share * batch_size / 8), batch_size // 2)
+    "pu": the variance of E_U[l] - prior E_S[l] is smallest where the share of S is
+    prior / (1 + prior). Rounded up to a multiple of 8, which most numbers of ranks and
+    micro-batches divide. "supervised": S has its share_s = |S| / (|U| + |S|). Other algorithms
+    do not see S. At most half of a batch is S, for each of its images is paired with one of U.
+    Raises ValueError for a prior of 1 or more, and where the batch is too small."""
+    n_s = 0
+    if algorithm == "pu":
+        if prior >= 1:
+            raise ValueError(f"--scores leave a prior of {prior:.3g}: they, or --prior, are wrong")
+        n_s = 8 * math.ceil(prior / (1 + prior) * batch_size / 8)
+    elif algorithm == "supervised":
+        n_s = max(1, round(share_s * batch_size))
+    n_s = min(n_s, batch_size // 2)
+    if n_s == 0 and algorithm in ("pu", "supervised"):
+        raise ValueError(f"--batch_size {batch_size} leaves no room for images of U and of S")
+    return batch_size - n_s, n_s
+
+
+def in_words(algorithm: str, prior: float, share_s: float, correction: str) -> str:
+    """What an algorithm minimises, as a formula. Arguments: as above, and of pu_loss."""
+    sensitive = "E_S[-log(1 - exp(-l))]"
+    if algorithm == "pu":
+        difference = f"E_U[l] - {prior:.4g} E_S[l]"
+        corrected = {"abs": f"|{difference}|", "nn": f"max(0, {difference})", "none": difference}
+        return f"the PU risk, {prior:.4g} {sensitive} + {corrected[correction]}"
+    if algorithm == "supervised":
+        return f"the supervised risk, {1 - share_s:.4g} E_U[l] + {share_s:.4g} {sensitive}"
+    return "the ordinary diffusion loss, E_U[l]"
 
 
 def supervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, share: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 What the scripts share: errors, files, devices, ranks, precision, checkpoints, argument types.
 """
 import argparse
+import csv
 import math
 import os
 import sys
@@ -58,6 +59,28 @@ def read_checkpoint(path: Path) -> dict:
     return ckpt
 
 
+def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
+    """Opens a log of rows with these columns, the first of which is "step", to go on behind
+    last_step. Rows after it go, for they come again; rows that are damaged go, too. Cells without
+    a value are empty."""
+    rows = []
+    if path.exists():
+        with path.open(newline="", errors="replace") as file:
+            for row in csv.DictReader(file, columns):
+                whole = None not in row and None not in row.values() and row["step"].isdigit()
+                if whole and int(row["step"]) <= last_step:
+                    rows.append(row)
+
+    def rewrite(part):
+        with part.open("w", newline="") as file:
+            log = csv.DictWriter(file, columns)
+            log.writeheader()
+            log.writerows(rows)
+
+    write_whole(path, rewrite)
+    return csv.DictWriter(path.open("a", newline="", buffering=1), columns)
+
+
 # -----------------------------------------------------------------------------
 # devices and ranks
 
@@ -107,6 +130,20 @@ def first_rank_first():
     yield
     if first and not alone:
         dist.barrier()
+
+
+def random_state(device: torch.device) -> dict:
+    """-> the state of the random numbers on the CPU and on the device, for set_random_state."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state: dict, device: torch.device):
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and device.type in state:
+        getattr(torch, device.type).set_rng_state(state[device.type])
 
 
 # -----------------------------------------------------------------------------

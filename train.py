@@ -11,16 +11,13 @@ that are labeled so.
     torchrun --standalone --nproc_per_node=8 train.py --recipe paper   # on 8 GPUs
 
 It runs on a CPU or a GPU. Everything lands in --out_dir: ckpt.pt, log.csv and grids of samples.
+The flags, and their defaults, are in recipe.py.
 """
-import argparse
 import copy
-import csv
-import math
 import os
 import signal
 import sys
 import time
-from collections import ChainMap
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,134 +25,40 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import DATA_DIR, DATASETS, FITS, data_flags, has_class, load, parse_classes, split
+from data import DATA_DIR, DATASETS, has_class, load, on_device, parse_classes, split
 from diffusion import GaussianDiffusion
 from images import join_pngs, save_grid, to_float, to_uint8
 from pretrained import load_pretrained
 from pu_filter import read_scores
-from pu_loss import limited, pu_loss, sensitive_per_batch, supervised_loss, unsupervised_loss
+from pu_loss import (
+    batch_composition,
+    in_words,
+    limited,
+    pu_loss,
+    supervised_loss,
+    unsupervised_loss,
+)
+from recipe import averaging, fill_in, first_pu_step, learning_rate, parse, train_flags
 from runtime import (
     compiled,
-    count,
-    decay,
     default_dtype,
-    device_flags,
     exit_status,
     find_device,
     first_rank_first,
-    fraction,
-    positive,
-    positive_float,
-    positive_or_inf,
+    open_log,
+    random_state,
     ranks,
-    read_checkpoint,
-    step_or_share,
+    set_random_state,
     write_whole,
 )
-from unet import PRESETS, UNet, UNetConfig, check, preset
+from unet import UNet, UNetConfig, check, preset
 
 # -----------------------------------------------------------------------------
-# the command line
+# the flags, the device and its precision
 
-# what flags that are not given stand for: by network, ...
-DEFAULTS = {
-    "tiny": dict(schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200, max_steps=4000,
-                 pu_start=0.5, limit=3.0),
-    "paper": dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, max_steps=20000,
-                  pu_start=0.5, limit=3.0),    # and for networks of your own
-}
-# ... and where the recipe, or a model to start from, says more (section 5 of the paper)
-PAPER = dict(model="paper", schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500,
-             max_steps=None, epochs=100, pu_start=0, limit=math.inf)
-FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs=20, pu_start=0)
-
-parser = argparse.ArgumentParser(description=__doc__, usage="python train.py [--flag value ...]",
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-data_flags(parser)
-parser.add_argument("--hflip", action=argparse.BooleanOptionalAction,
-                    help="mirror half of the images (default: photographs only)")
-
-group = parser.add_argument_group("what is minimised")
-group.add_argument("--algorithm", default="pu",
-                   choices=["pu", "supervised", "unsupervised", "oracle"],
-                   help="the PU risk, or a baseline (default: pu)")
-group.add_argument("--recipe", choices=["paper"],
-                   help="paper: network, schedule, optimizer and epochs of the paper")
-group.add_argument("--pu_start", type=step_or_share,
-                   help="step, or share of the steps, where the PU risk begins (default: 1/2, or 0 "
-                        "with --recipe and --init_from)")
-group.add_argument("--correction", default="abs", choices=["abs", "nn", "none"],
-                   help="of a negative estimate of the normal loss (default: abs)")
-group.add_argument("--limit", type=positive_or_inf,
-                   help="l counts up to this multiple of what is typical of U (default: 3)")
-group.add_argument("--loss_prior", type=fraction, help="a wrong prior, to study (default: --prior)")
-group.add_argument("--scores", type=Path, help="of pu_filter.py: leave out what scores high")
-group.add_argument("--keep", type=fraction,
-                   help="with --scores: the fraction of U to keep (default: 0.9 (1 - prior))")
-
-group = parser.add_argument_group("model")
-group.add_argument("--model", choices=list(PRESETS), help="network (default: the data set's)")
-group.add_argument("--init_from", help="ckpt.pt, a diffusers folder, or a name on the hub")
-group.add_argument("--schedule", choices=["linear", "cosine", "lognormal"],
-                   help="noise schedule (default: the model's)")
-group.add_argument("--prediction", choices=["eps", "v"],
-                   help="what the network predicts (default: the model's)")
-
-group = parser.add_argument_group("optimization")
-group.add_argument("--batch_size", type=positive, help="images a step, of U and S together")
-group.add_argument("--grad_accum", type=positive, default=1,
-                   help="micro-batches a step, to save memory (default: 1)")
-group.add_argument("--max_steps", type=positive, help="optimizer steps (default: the model's)")
-group.add_argument("--lr", type=positive_float, help="peak learning rate (default: the model's)")
-group.add_argument("--warmup_steps", type=count, help="steps of linear warm-up")
-group.add_argument("--grad_clip", type=positive_or_inf, default=1.0,
-                   help="largest gradient norm (default: 1)")
-group.add_argument("--ema_decay", type=decay, default=0.999,
-                   help="of the average of the weights, which is sampled from (default: 0.999)")
-
-group = parser.add_argument_group("running")
-device_flags(group)
-group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                   help="torch.compile the loss (default: on cuda only)")
-group.add_argument("--log_interval", type=positive, default=100, help="steps (default: 100)")
-group.add_argument("--sample_interval", type=positive, default=500,
-                   help="steps between two sample grids and checkpoints (default: 500)")
-group.add_argument("--out_dir", type=Path, help="(default: out/DATASET-ALGORITHM-PRIOR)")
-group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out_dir")
-
-MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
-              "max_steps", "data_dir", "out_dir", "resume"}
-
-args = parser.parse_args()
-if args.out_dir is None:
-    kind = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
-    words = [args.dataset, args.algorithm, f"{args.prior:.4g}", *kind]
-    args.out_dir = Path("out", "-".join(words))
-ckpt_path = args.out_dir / "ckpt.pt"
-ckpt = None
+parser = train_flags(__doc__)
 with exit_status(parser):
-    if args.resume:
-        ckpt = read_checkpoint(ckpt_path)
-        parser.set_defaults(**ckpt["args"])    # the run's own flags, unless given again
-        args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
-        for name, value in ckpt["args"].items():
-            if name not in MAY_CHANGE and str(getattr(args, name)) != str(value):
-                raise ValueError(f"--{name} cannot change on --resume: the run has {value}")
-    elif ckpt_path.exists():
-        raise ValueError(f"--out_dir {args.out_dir} already holds a run: add --resume to go on "
-                         f"with it, or name another folder")
-    if args.keep and not args.scores:
-        raise ValueError("--keep needs --scores")
-    if args.init_from and args.model:
-        raise ValueError(f"--model {args.model} cannot go with --init_from, which brings its own")
-    if args.algorithm == "oracle" and (args.scores or args.dataset == "folder"):
-        raise ValueError("--algorithm oracle needs the labels of U: it goes with neither a folder "
-                         "nor --scores")
-
-# -----------------------------------------------------------------------------
-# the device and its precision
-
-with exit_status(parser):
+    args, ckpt = parse(parser)
     device = find_device(args.device)
 rank, world = ranks()
 if rank > 0:    # the first speaks, and writes, for all
@@ -169,82 +72,55 @@ autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
-# the model to start from, and what stands for the flags that were not given
+# the model to start from; then the flags that were not given can be filled in
 
 given, known = None, {}
-if args.init_from and not ckpt:
-    with exit_status(parser):
-        data_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
+with exit_status(parser):
+    if args.init_from and not ckpt:
+        hub_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
         with first_rank_first():
-            given, given_diffusion = load_pretrained(args.init_from, data_dir)
+            given, given_diffusion = load_pretrained(args.init_from, hub_dir)
         known = dict(schedule=given_diffusion.schedule, prediction=given_diffusion.prediction)
         if "image_size" in DATASETS[args.dataset]:    # whose images are resized to what it has
             known |= dict(image_size=given.config.image_size, channels=given.config.image_channels)
-        for name, value in known.items():
-            if getattr(args, name) not in (None, value):
-                raise ValueError(f"--{name} {getattr(args, name)} is not what {args.init_from} "
-                                 f"was trained with, {value}")
-
-sources = [known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
-          DATASETS[args.dataset]]
-network = args.model or ChainMap(*sources)["model"]
-choices = ChainMap(*sources, DEFAULTS.get(network, DEFAULTS["paper"]))
-for name, value in choices.items():
-    if getattr(args, name, value) is None:
-        setattr(args, name, value)
+    fill_in(args, known)
 
 # -----------------------------------------------------------------------------
-# the data: U and S are bytes on the device, or stay in their file where they are too large for it
+# the data
 
 with exit_status(parser):
     if args.image_size and not (given or ckpt):
         check(preset(args.model, args.channels, args.image_size))    # before images are decoded
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
-    channels, size = data.train.shape[1:3]
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
                     args.n_labeled, args.seed)
     n_unlabeled, n_labeled = len(u), len(s)
+    loss_prior = args.loss_prior
     if args.algorithm == "oracle":
         u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
-    args.loss_prior = args.loss_prior or args.prior
-    loss_prior = args.loss_prior
     if args.scores:
         args.keep = args.keep or 0.9 * (1 - loss_prior)
         u, s = read_scores(args.scores, data, u, s, args.keep)
         loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)    # of what is kept
+    counts = [len(u), len(s)]
+    if ckpt and ckpt["counts"] != counts:
+        raise OSError(f"U and S had {ckpt['counts']} images when the run began, now {counts}: "
+                      f"{args.scores or args.data_dir} has changed")
+    images, u, s = on_device(data.train, u, s, device)
+    channels, size = images.shape[1:3]
 
-    # how long, and where the second part begins
-    if args.max_steps is None:
-        args.max_steps = math.ceil(choices["epochs"] * n_unlabeled / args.batch_size)
-    pu_start = args.pu_start if args.algorithm == "pu" else 0
-    if pu_start < 1:    # a share
-        pu_start = round(pu_start * args.max_steps)
-    pu_start = int(pu_start)
-    if ckpt:
-        pu_start = ckpt["pu_start"]    # also where --max_steps is another now
-    elif pu_start >= args.max_steps:
-        raise ValueError(f"--pu_start {args.pu_start:g} leaves no step for the PU risk: "
-                         f"--max_steps is {args.max_steps}")
-    knows_u = args.algorithm == "pu" and args.limit < math.inf and (pu_start > 0 or args.init_from)
+# -----------------------------------------------------------------------------
+# what a step takes, and from which step on
 
-    # how many images of U and of S a step takes
-    n_s = 0
+with exit_status(parser):
+    pu_start = ckpt["pu_start"] if ckpt else first_pu_step(args, n_unlabeled)
     share_s = len(s) / (len(u) + len(s))
-    if args.algorithm == "pu":
-        if not loss_prior < 1:
-            raise ValueError(f"--scores {args.scores} leave a prior of {loss_prior:.3g}: they, or "
-                             f"--prior, are wrong")
-        n_s = sensitive_per_batch(args.batch_size, loss_prior)
-    elif args.algorithm == "supervised":
-        n_s = min(max(1, round(share_s * args.batch_size)), args.batch_size // 2)
-    if args.scores and args.algorithm in ("pu", "supervised") and len(s) < max(1, n_s):
-        raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the "
-                         f"{max(1, n_s)} a step takes: they would be learned by heart. Use "
-                         f"--algorithm unsupervised, or a larger --keep")
-    n_u = args.batch_size - n_s
-    if n_s == 0 and args.algorithm in ("pu", "supervised"):
-        raise ValueError(f"--batch_size {args.batch_size} leaves no room for images of U and of S")
+    n_u, n_s = batch_composition(args.algorithm, args.batch_size, loss_prior, share_s)
+    if args.scores and len(s) < n_s:
+        raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the {n_s} "
+                         f"a step takes: they would be learned by heart. Use --algorithm "
+                         f"unsupervised, or a larger --keep")
     micro_batches = world * args.grad_accum    # a step, over all ranks
     for n in [n_u, n_s, args.batch_size]:
         if n % micro_batches:
@@ -252,7 +128,10 @@ with exit_status(parser):
                              f"{args.grad_accum} micro-batches each: choose another --batch_size "
                              f"or --grad_accum")
 
-    # the network
+# -----------------------------------------------------------------------------
+# the network, its moving average, the loss, the optimizer
+
+with exit_status(parser):
     if ckpt:
         config = UNetConfig(**ckpt["config"])
     elif given:
@@ -264,19 +143,6 @@ with exit_status(parser):
                          f"{config.image_size} images of {config.image_channels} channels, "
                          f"{args.dataset} has {size}x{size} of {channels}")
     model = (given or UNet(config)).to(device, memory_format=torch.channels_last)
-    counts = [len(u), len(s)]
-    if ckpt and ckpt["counts"] != counts:
-        raise OSError(f"U and S had {ckpt['counts']} images when the run began, now {counts}: "
-                      f"{args.scores or args.data_dir} has changed")
-
-images = data.train
-if sum(counts) * images[0].numel() <= FITS:
-    images = torch.cat([images[u], images[s]]).to(device)
-    u, s = torch.arange(sum(counts), device=device).split(counts)
-
-# -----------------------------------------------------------------------------
-# the moving average, the loss, the optimizer
-
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 net = model
 if world > 1:
@@ -297,22 +163,6 @@ if args.compile:
     t = torch.zeros(len(x), dtype=torch.long, device=device)
     per_image_loss = compiled(eager, lambda fast: fast(x, t, x.clone()).sum().backward())
     optimizer.zero_grad()
-
-def learning_rate(step):
-    """Linear warm-up, constant while U is learned, then a cosine down to 0."""
-    warmup_steps = min(args.warmup_steps, args.max_steps // 4)
-    warmup = min(1, (step + 1) / (warmup_steps + 1))
-    start = max(pu_start, warmup_steps)    # of the cosine
-    progress = max(0, step - start) / max(1, args.max_steps - start)
-    return warmup * args.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-def averaging(step):
-    """The decay of the moving average. It soon forgets random weights, and reaches back over at
-    most a quarter of the run; otherwise a short fine-tuning would sample from the old model."""
-    slow = min(args.ema_decay, max(0, 1 - 4 / args.max_steps))
-    if not args.init_from:
-        slow = min(slow, (1 + step) / (10 + step))
-    return slow
 
 # -----------------------------------------------------------------------------
 # one step
@@ -343,7 +193,8 @@ def read_images(index):
     x_0 = images[index]
     if device.type == "cuda" and x_0.is_cpu:
         x_0 = x_0.pin_memory()
-    return to_float(x_0.to(device, non_blocking=True))
+    x_0 = to_float(x_0.to(device, non_blocking=True))
+    return x_0.contiguous(memory_format=torch.channels_last)
 
 def typical_losses():
     """What images of U cost the network now -> [20], the mean l by twentieths of the timesteps."""
@@ -366,17 +217,16 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
     -> {name: mean over the micro-batches} for the log
     """
     means = {}
+    sizes = [n_u // micro_batches, n_s // micro_batches]
     for first in range(rank, micro_batches, world):
         part = {name: torch.cat([x[first:n_u:micro_batches], x[n_u + first::micro_batches]])
                 for name, x in batch.items()}
-        x_0 = read_images(part["index"])
-        x_0 = x_0.contiguous(memory_format=torch.channels_last)
+        x_0, t = read_images(part["index"]), part["t"]
         if args.hflip:
             x_0 = torch.where(part["mirrored"], x_0.flip(3), x_0)
         eps = part["eps"].contiguous(memory_format=torch.channels_last)
         net.require_backward_grad_sync = first + world >= micro_batches    # for DDP: after the last
-        loss = per_image_loss(x_0, part["t"], eps)
-        sizes = [n_u // micro_batches, n_s // micro_batches]
+        loss = per_image_loss(x_0, t, eps)
         loss_u, loss_s = loss.split(sizes)
         found = {}
 
@@ -387,7 +237,7 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
         else:
             counted_u, counted_s = loss_u, loss_s
             if typical is not None:
-                counted_u, counted_s = limited(loss, part["t"], typical, args.limit).split(sizes)
+                counted_u, counted_s = limited(loss, t, typical, args.limit).split(sizes)
             difference = (counted_u.mean() - loss_prior * counted_s.mean()).detach()
             if negative is None:
                 negative = over_ranks(difference) < 0
@@ -397,8 +247,7 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
         scaler.scale(risk / args.grad_accum).backward()
 
         found["risk"] = risk
-        of_u, of_s = part["t"].split(sizes)
-        for name, losses, t in [("loss_u", loss_u, of_u), ("loss_s", loss_s, of_s)]:
+        for name, losses, t in zip(["loss_u", "loss_s"], loss.split(sizes), t.split(sizes)):
             if len(losses) > 0:
                 found[name] = losses.mean()
                 for third, where in enumerate(["low", "middle", "high"]):    # a third of all t each
@@ -421,28 +270,12 @@ if ckpt:
     if ckpt["typical"] is not None:
         typical = ckpt["typical"].to(device)
     sums = {name: value.to(device) for name, value in ckpt["sums"].items()}
-    torch.set_rng_state(ckpt["rng"]["cpu"])
-    if device.type != "cpu" and device.type in ckpt["rng"]:
-        getattr(torch, device.type).set_rng_state(ckpt["rng"][device.type])
+    set_random_state(ckpt["rng"], device)
 first_step, start, mark = step, time.time(), time.time()
-
+ckpt_path, log_path = args.out_dir / "ckpt.pt", args.out_dir / "log.csv"
 columns = ["step", "risk", "loss_u", "loss_s", "difference", "corrected", "lr",
            "images_per_second", "seconds",
            *(f"loss_{of}_{t}_t" for of in "us" for t in ["low", "middle", "high"])]
-log_path = args.out_dir / "log.csv"
-rows = []
-with exit_status(parser):
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        if ckpt and log_path.exists():    # what was logged after the checkpoint comes again
-            rows = [row for row in csv.DictReader(log_path.open()) if int(row["step"]) <= step]
-        log_file = open(os.devnull if rank > 0 else log_path, "w", newline="")
-    except OSError as error:
-        raise OSError(f"--out_dir {args.out_dir} cannot be written: {error}") from None
-log = csv.DictWriter(log_file, columns)    # without a value, a cell is empty
-log.writeheader()
-log.writerows(rows)
-log_file.flush()
 
 def where_it_stands():
     if ckpt_path.exists():
@@ -456,24 +289,24 @@ def check_finite():
                  f"try a lower --lr ({where_it_stands()})")
 
 def save_checkpoint():
-    rng = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        rng[device.type] = getattr(torch, device.type).get_rng_state()
     plain_args = {name: str(value) if isinstance(value, Path) else value
                   for name, value in vars(args).items()}
     state = {name: part.state_dict() for name, part in trained.items()}
     state |= dict(config=asdict(config), args=plain_args, loss_prior=loss_prior, pu_start=pu_start,
-                  typical=typical, counts=counts, step=step, sums=sums, counted=counted, rng=rng,
-                  seconds=seconds + time.time() - start)
-    with exit_status(parser):
-        write_whole(ckpt_path, lambda part: torch.save(state, part))
+                  typical=typical, counts=counts, step=step, sums=sums, counted=counted,
+                  rng=random_state(device), seconds=seconds + time.time() - start)
+    write_whole(ckpt_path, lambda part: torch.save(state, part))
 
 def save_samples(path):
     generator = torch.Generator(device).manual_seed(args.seed)    # training's is left alone
     with autocast:
         samples = diffusion.sample(ema, (64, channels, size, size), generator=generator)
-    with exit_status(parser):
-        save_grid(to_uint8(samples), path)
+    save_grid(to_uint8(samples), path)
+
+with exit_status(parser):
+    if rank == 0:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        log = open_log(log_path, columns, step)
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; "
                                                  f"{where_it_stands()}"))
@@ -481,27 +314,21 @@ signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; "
 # -----------------------------------------------------------------------------
 # what is about to happen
 
-difference = f"E_U[l] - {loss_prior:.4g} E_S[l]"
-corrected = {"abs": f"|{difference}|", "nn": f"max(0, {difference})", "none": difference}
-ordinary = f"the ordinary diffusion loss, E_U[l], on {args.batch_size} images of U a step"
-objective = {
-    "pu": f"the PU risk, {loss_prior:.4g} E_S[-log(1 - exp(-l))] + {corrected[args.correction]}, "
-          f"on {n_u} images of U and {n_s} of S a step",
-    "supervised": f"the supervised risk, {1 - share_s:.4g} E_U[l] + "
-                  f"{share_s:.4g} E_S[-log(1 - exp(-l))], "
-                  f"on {n_u} images of U and {n_s} of S a step",
-    "unsupervised": ordinary,
-    "oracle": f"{ordinary}, the {len(u):,} that are normal by labels that nobody has",
-}[args.algorithm]
+knows_u = args.limit < torch.inf and (pu_start > 0 or args.init_from)    # when the PU risk begins
 print(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
       f"({args.sensitive or 'your estimate'}); S has {n_labeled:,}")
 if args.scores:
     print(f"{args.scores}: of these, the {len(u):,} of U that score lowest, a fraction of "
           f"{args.keep:.4g}, and the {len(s):,} of S that score no higher")
+if args.algorithm == "oracle":
+    print(f"the oracle is shown the {len(u):,} normal images of U, by labels that nobody has")
 if pu_start:
-    print(f"steps 1 to {pu_start} minimise {ordinary}")
-print(f"steps {pu_start + 1} to {args.max_steps} minimise {objective}")
-if knows_u:
+    print(f"steps 1 to {pu_start} minimise the ordinary diffusion loss, E_U[l], on "
+          f"{args.batch_size} images of U a step")
+formula = in_words(args.algorithm, loss_prior, share_s, args.correction)
+print(f"steps {pu_start + 1} to {args.max_steps} minimise {formula}, on {n_u} images of U and "
+      f"{n_s} of S a step")
+if args.algorithm == "pu" and knows_u:
     print(f"in the PU risk, l counts up to {args.limit:g} times what U costs at the same timestep")
 if args.algorithm == "pu" and len(s) < 4 * n_s:
     print(f"S is small: {len(s)} images are soon learned by heart. Watch the samples, raise "
@@ -518,11 +345,11 @@ print(f"{args.model or args.init_from} U-Net of "
 
 while step < args.max_steps:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step)
+        group["lr"] = learning_rate(args, step, pu_start)
     composition = (n_u, n_s)
     if step < pu_start:
         composition = (args.batch_size, 0)
-    elif knows_u and typical is None:
+    elif args.algorithm == "pu" and knows_u and typical is None:
         typical = typical_losses()
     batch = draw_batch(*composition)
 
@@ -540,7 +367,8 @@ while step < args.max_steps:
     scaler.update()
     optimizer.zero_grad()
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - averaging(step))
+        old = averaging(args, step)
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - old)
     for name, value in means.items():
         sums[name] = sums.get(name, 0) + value
     counted += 1
@@ -561,9 +389,9 @@ while step < args.max_steps:
         print(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  l_U {row['loss_u']:.3f}  "
               f"{of_s}lr {group['lr']:.2e}  {speed:.0f} images/s  "
               f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        log.writerow(row | dict(step=step, lr=group["lr"], images_per_second=round(speed, 1),
-                                seconds=round(seconds + elapsed, 1)))
-        log_file.flush()
+        if rank == 0:
+            log.writerow(row | dict(step=step, lr=group["lr"], images_per_second=round(speed, 1),
+                                    seconds=round(seconds + elapsed, 1)))
         sums, counted, mark = {}, 0, time.time()
     if save_is_due:
         pause = time.time()
@@ -572,9 +400,9 @@ while step < args.max_steps:
             save_checkpoint()
             save_samples(samples_path)
         mark += time.time() - pause
-        if step == pu_start:
-            print(f"step {step}: U is learned. From here on the PU risk subtracts S; "
-                  f"{samples_path} is what the network would have drawn", flush=True)
+    if step == pu_start:
+        print(f"step {step}: U is learned. From here on the PU risk subtracts S; "
+              f"{samples_path} is what the network would have drawn", flush=True)
 
 # -----------------------------------------------------------------------------
 # where everything is

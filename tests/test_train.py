@@ -175,7 +175,7 @@ def test_the_oracle_is_shown_nothing_but_the_normal_images_of_u(tmp_path, monkey
 
 def test_images_that_stay_in_their_file_are_shown_alike(tmp_path, monkeypatch):
     shown = overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "device")
-    monkeypatch.setattr(data, "FITS", 0)
+    monkeypatch.setattr(data, "MAX_ON_DEVICE", 0)
     assert same(shown, overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "file"))
 
 
