@@ -155,9 +155,8 @@ def load_celeba(folder: Path, image_size: int, channels: int) -> tuple:
         unpack(root.with_suffix(".zip"), folder, root.name)
     missing = [path.name for path in [attribute_list, partition_list, root] if not path.exists()]
     if missing:
-        raise OSError(f"CelebA cannot be downloaded by a script: get {', '.join(missing)} "
-                      f"from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
-                      f"and put them into {folder}")
+        raise OSError(f"CelebA cannot be downloaded by a script: get {', '.join(missing)} from "
+                      f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them in {folder}")
     try:
         names = np.loadtxt(regular(partition_list), str, usecols=0, ndmin=1)
         parts = np.loadtxt(partition_list, int, usecols=1, ndmin=1)
