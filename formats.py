@@ -6,23 +6,25 @@ Images are uint8 tensors [N, C, H, W]. Files that are missing or damaged raise O
 """
 import gzip
 import hashlib
-import http.client
 import os
+import re
 import sys
 import tarfile
 import tempfile
+import time
 import urllib.request
 import zipfile
-import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from runtime import write_whole
+from runtime import ranks, write_whole
 
 IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -58,6 +60,13 @@ TIMEOUT = 30    # seconds without a byte after which a download is given up
 # -----------------------------------------------------------------------------
 # published data sets
 
+def regular(path: Path) -> Path:
+    """-> path. Raises OSError where it is a FIFO or a device, which could be read for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file: remove it, or put one in its place")
+    return path
+
+
 def load_idx(name: str, folder: Path) -> tuple:
     """Loads "mnist", or "fashion_mnist", which is downloaded the first time."""
     arrays = []
@@ -76,8 +85,9 @@ def read_idx(path: Path, sha256: str) -> np.ndarray:
     It holds 0, 0, 8 (for bytes), the number of dimensions, each of them as a big-endian int32,
     and the data."""
     try:
-        raw = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        with gzip.open(regular(path)) as file:
+            raw = file.read(48_000_000)    # the longest of these files has 47,040,016 bytes
+    except Exception as error:    # damaged archives raise anything
         state = "damaged" if path.exists() else "missing"
         raise OSError(f"{path} is {state} ({error}): restore it from the repository, or point "
                       f"--data_dir to the folder that holds {path.parent.name}/") from None
@@ -96,6 +106,8 @@ def load_records(name: str, folder: Path) -> tuple:
     if not (folder / archive["top"]).exists():
         fetch_archive(folder, **archive)
     x, y, x_test, y_test = map(torch.from_numpy, read(folder / archive["top"]))
+    if max(y.max(), y_test.max()) > 9:    # STL-10's 0, less 1, is the byte 255
+        raise OSError(f"{folder} has labels that are not classes: delete it to download it again")
     return x, y.long(), x_test, y_test.long()
 
 
@@ -125,7 +137,7 @@ def read_stl10(folder: Path) -> list:
 
 def read_records(path: Path, size: int) -> np.ndarray:
     """Reads a file of records of `size` bytes each -> uint8 [N, size]."""
-    raw = np.fromfile(path, np.uint8)
+    raw = np.fromfile(regular(path), np.uint8)
     if len(raw) == 0 or len(raw) % size:
         raise OSError(f"{path} has the wrong size: {len(raw)} bytes are not records of {size}: "
                       f"delete {path.parent} to download it again")
@@ -141,25 +153,26 @@ def load_celeba(folder: Path, image_size: int, channels: int) -> tuple:
     root = folder / "img_align_celeba"
     if not root.exists() and root.with_suffix(".zip").exists():
         unpack(root.with_suffix(".zip"), folder, root.name)
-    missing = [path for path in [attribute_list, partition_list, root] if not path.exists()]
+    missing = [path.name for path in [attribute_list, partition_list, root] if not path.exists()]
     if missing:
-        names = ", ".join(path.name for path in missing)
-        raise OSError(f"CelebA cannot be downloaded by a script: get {names} "
-                      f"from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
-                      f"and put them into {folder}")
+        raise OSError(f"CelebA cannot be downloaded by a script: get {', '.join(missing)} from "
+                      f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them in {folder}")
     try:
-        names = np.loadtxt(partition_list, str, usecols=0, ndmin=1)
+        names = np.loadtxt(regular(partition_list), str, usecols=0, ndmin=1)
         parts = np.loadtxt(partition_list, int, usecols=1, ndmin=1)
-        columns = range(1, 41)    # each 1 or -1, behind the name
-        has = np.loadtxt(attribute_list, int, skiprows=2, usecols=columns, ndmin=2) == 1
-        if len(has) != len(names):
-            raise ValueError(f"they are of {len(has):,} and {len(names):,} images")
+        rows = np.loadtxt(regular(attribute_list), str, skiprows=2, usecols=0, ndmin=1)
+        values = np.loadtxt(attribute_list, int, skiprows=2, usecols=range(1, 41), ndmin=2)
+        inside = all(re.fullmatch(r"\w[\w.-]*", name) for name in names)    # no / and no ..
+        if not inside or rows.tolist() != names.tolist():
+            raise ValueError(f"they name different images, or images outside {root.name}")
+        if not {0, 2} <= set(parts.tolist()) <= {0, 1, 2} or (abs(values) != 1).any():
+            raise ValueError("a part is not 0, 1 or 2, or an attribute not 1 or -1")
     except ValueError as error:
         raise OSError(f"the lists in {folder} are not CelebA's as published: {error}") from None
     train, test = np.flatnonzero(parts == 0), np.flatnonzero(parts == 2)    # 1: validation
     used = np.concatenate([train, test])
     images, index = decode_all([root / name for name in names[used]], image_size, channels, folder)
-    has = torch.from_numpy(has[used])[index]    # [N, 40]
+    has = torch.from_numpy(values[used] == 1)[index]    # [N, 40]
     labels = torch.cat([has, ~has], dim=1)
     n_train = int((index < len(train)).sum())
     return images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
@@ -168,22 +181,36 @@ def load_celeba(folder: Path, image_size: int, channels: int) -> tuple:
 # -----------------------------------------------------------------------------
 # your own images
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]    # EPS would start Ghostscript
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin"}
+TURNS = dict(zip(range(2, 9), [0, 3, 1, 5, 4, 6, 2]))    # EXIF orientation -> Image.Transpose
 LAYOUT = """
   {0}/unlabeled/...      images of every kind, normal and sensitive
   {0}/sensitive/...      a few that must not be generated
   {0}/normal_test/...    (optional) normal images to compare with
-in any subfolders, as PNG, JPEG, WebP, BMP or GIF"""
+in any subfolders, as PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF"""
 
 
 def load_folder(folder: Path, image_size: int, channels: int) -> tuple:
     """Loads unlabeled/ with label 0, sensitive/ with label 1, and normal_test/ for the test."""
-    paths, labels = [], []
+    paths, labels, ignored = [], [], Counter()
     for label, part in enumerate(["unlabeled", "sensitive", "normal_test"]):
-        for path in sorted((folder / part).rglob("[!.]*")):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
+        for path in sorted((folder / part).rglob("*")):
+            names = path.relative_to(folder / part).parts
+            suffix = path.suffix.lower()
+            if any(name.startswith(".") or name.lower() in LEFT_BEHIND for name in names):
+                continue
+            if suffix in SUFFIXES and path.is_file():
                 paths.append(path)
                 labels.append(label)
+            elif path.is_dir() and path.is_symlink():    # it could lead in circles
+                ignored["linked folder(s)"] += 1
+            elif not path.is_dir():
+                ignored[suffix if re.fullmatch(r"\.\w{1,8}", suffix) else "without suffix"] += 1
+    if ignored and ranks()[0] == 0:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in ignored.most_common())
+        print(f"ignored in {folder}: {kinds}", file=sys.stderr)
     labels = torch.tensor(labels)
     if 0 in labels and 1 in labels:
         images, index = decode_all(paths, image_size, channels, folder)
@@ -196,12 +223,19 @@ def load_folder(folder: Path, image_size: int, channels: int) -> tuple:
 
 
 def decode(path: Path, image_size: int, channels: int) -> np.ndarray:
-    """Reads any image that Pillow reads -> uint8 [C, H, W]. Raises what Pillow raises.
+    """Reads an image in one of FORMATS -> uint8 [C, H, W]. Raises what Pillow raises.
 
     The image is turned upright by its EXIF tag, put on white where it is transparent, cropped to
     the square at its centre, and resized with antialiasing."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+    with Image.open(regular(path), formats=FORMATS) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:    # Pillow itself only warns
+            raise Image.DecompressionBombError
+        image.load()    # first, since this turns a TIFF, and deletes its tag
+        turn = None
+        with suppress(Exception):    # EXIF can be damaged where the pixels are not
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        if turn is not None:
+            image = image.transpose(turn)
         if image.mode.startswith("I"):    # 16 bits of grey
             pixels = np.asarray(image).clip(0, 65535) / 257
             image = Image.fromarray(pixels.round().astype(np.uint8))
@@ -214,29 +248,52 @@ def decode(path: Path, image_size: int, channels: int) -> np.ndarray:
 
 
 def decode_all(paths: list, image_size: int, channels: int, folder: Path) -> tuple:
-    """Decodes image files, and keeps the result in a file in `folder` for the next time.
+    """Decodes image files, and keeps the result in a file for the next time.
 
     Returns memory-mapped images, uint8 [N, C, H, W], and the index of each in `paths`. Files that
     cannot be decoded are named and skipped. Raises OSError if they are more than 1 %."""
-    key = hashlib.sha256()
+    key = hashlib.sha256(b"2\n")    # the version of decode
     for path in paths:    # an image that changes gets another key
         stat = path.stat()
         key.update(os.fsencode(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n"))
-    cache = folder / f"decoded_{image_size}x{channels}_{key.hexdigest()[:16]}.bin"
     record = np.dtype([("index", "i8"), ("image", "u1", (channels, image_size, image_size))])
-    if not cache.exists():
-        write_whole(cache, partial(write_records, paths=paths, record=record))
-    try:
-        records = np.memmap(cache, record, mode="c")    # copy on write: no tensor is read-only
-        if len(records) < 0.99 * len(paths):
-            raise ValueError("it has been cut off")
-    except ValueError as error:    # also where its size is not a number of records
-        raise OSError(f"{cache} is damaged ({error}): delete it to decode again") from None
+    cache = folder / f"decoded_{image_size}x{channels}.bin"
+    if not ends_with(cache, key.digest()):
+        cache = cache_folder(folder) / cache.name
+    if not ends_with(cache, key.digest()):
+        write_whole(cache, partial(write_records, paths=paths, record=record, key=key.digest()))
+    n = (cache.stat().st_size - key.digest_size) // record.itemsize
+    records = np.memmap(cache, record, mode="c", shape=n)    # copy on write: no tensor is read-only
     return torch.from_numpy(records["image"]), torch.from_numpy(records["index"].copy())
 
 
-def write_records(file_path: Path, paths: list, record: np.dtype):
-    """Decodes images on all cores and writes a record of each."""
+def ends_with(path: Path, key: bytes) -> bool:
+    """Is there a file that ends with these bytes?"""
+    with suppress(OSError), regular(path).open("rb") as file:
+        file.seek(-len(key), os.SEEK_END)
+        return file.read() == key
+    return False
+
+
+def cache_folder(folder: Path) -> Path:
+    """-> the folder for decoded images: a data folder itself, or another where it is read-only."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            cache = folder
+    except OSError:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = home / "pu_diffusion" / hashlib.sha256(bytes(folder.resolve())).hexdigest()[:16]
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)    # the images may be private
+        print(f"{folder} is read-only: its decoded images are kept in {cache}", file=sys.stderr)
+    for path in cache.glob("decoded_*.tmp"):    # of other runs, or of killed ones
+        with suppress(OSError):    # another run may have renamed or removed it
+            if time.time() - path.stat().st_mtime > 600:    # seconds without a new byte
+                path.unlink()
+    return cache
+
+
+def write_records(file_path: Path, paths: list, record: np.dtype, key: bytes):
+    """Decodes images on several cores and writes a record of each, and the key behind them."""
     channels, image_size, _ = record["image"].shape
 
     def attempt(i):
@@ -247,9 +304,9 @@ def write_records(file_path: Path, paths: list, record: np.dtype):
             print(f"\rskipped: {str(paths[i])!r} cannot be decoded ({reason})", file=sys.stderr)
             return b""
 
-    with file_path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(paths), 250):    # few at a time, to save memory
-            batch = range(first, min(first + 250, len(paths)))
+    with file_path.open("wb") as file, ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        for first in range(0, len(paths), 100):    # few at a time, to save memory
+            batch = range(first, min(first + 100, len(paths)))
             file.writelines(pool.map(attempt, batch))    # Pillow releases the GIL
             n_decoded = file.tell() // record.itemsize
             n_skipped = batch.stop - n_decoded
@@ -257,6 +314,7 @@ def write_records(file_path: Path, paths: list, record: np.dtype):
                 raise OSError(f"{n_skipped:,} of {len(paths):,} images cannot be decoded, "
                               f"more than 1 %: remove or replace the files named above")
             print(f"\rdecoded {n_decoded:,} of {len(paths):,} images", end="", file=sys.stderr)
+        file.write(key)
     print(file=sys.stderr)
 
 
@@ -283,6 +341,8 @@ def download(path: Path, url: str, verify):
     """Raises ValueError with the reason if it fails."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file:
+            if response.headers.get_content_type() == "text/html":
+                raise OSError("a web page came instead: does this network ask for a login?")
             size = int(response.headers["Content-Length"] or 0)
             while block := response.read(2 ** 20):
                 done = file.tell() + file.write(block)
@@ -291,7 +351,7 @@ def download(path: Path, url: str, verify):
         if path.stat().st_size < size:
             raise OSError(f"the connection ended after {path.stat().st_size:,} of {size:,} bytes")
         verify(path)
-    except (OSError, http.client.HTTPException) as error:
+    except Exception as error:    # a server can make urllib raise anything
         raise ValueError(error) from None
 
 
@@ -307,7 +367,7 @@ def fetch_archive(folder: Path, urls: list, md5: str, top: str):
 
 
 def check_md5(path: Path, md5: str):
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != md5:
         raise OSError(f"{path} is not the published file: expected MD5 {md5}, found {found}; "
@@ -319,9 +379,9 @@ def unpack(archive: Path, folder: Path, top: str):
     try:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             if archive.suffix == ".zip":
-                zipfile.ZipFile(archive).extractall(temporary)
+                zipfile.ZipFile(regular(archive)).extractall(temporary)
             else:
                 tarfile.open(archive).extractall(temporary, filter="data")    # nothing outside it
             os.replace(Path(temporary) / top, folder / top)
-    except (tarfile.TarError, zipfile.BadZipFile, FileNotFoundError) as error:
+    except Exception as error:    # damaged archives raise anything
         raise OSError(f"{archive} cannot be unpacked ({error})") from None

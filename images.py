@@ -76,7 +76,7 @@ def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
 
 def join_pngs(paths: list, path: Path):
     """Writes PNG files of the same size and kind side by side into one."""
-    pictures = [Image.open(part) for part in paths]
+    pictures = [Image.open(part, formats=["PNG"]) for part in paths]
     width, height = pictures[0].size
     joined = Image.new(pictures[0].mode, (len(pictures) * (width + 12) - 12, height), "white")
     for i, picture in enumerate(pictures):
