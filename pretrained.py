@@ -244,6 +244,7 @@ def read_config(path: Path) -> UNet:
         raise OSError(f"{path} makes no sense: {str(error).splitlines()[0]}") from None
     for name in DERIVED:
         require(path, fields, name, [describe(config)[name]])
+    require(path, fields, "downsample_padding", [0, 1])
     return model
 
 

@@ -412,6 +412,7 @@ def test_weights_that_are_not_finite_or_absurd(folder, tmp_path, value):
     ("config.json", {"layers_per_block": 1.0}, "layers_per_block = 1.0 is not possible"),
     ("config.json", {"flip_sin_to_cos": "false"}, 'flip_sin_to_cos = "false" is not possible'),
     ("config.json", {"attention_head_dim": -8}, "attention_head_dim = -8 is not possible"),
+    ("config.json", {"downsample_padding": 2}, "downsample_padding = 2 is not supported"),
     ("config.json", {"norm_eps": None}, "norm_eps = null is not possible"),
     ("config.json", {"block_out_channels": [8, 2 ** 20]}, "not fit its config.json: size mismatch"),
     ("config.json", {"block_out_channels": [8, 2 ** 80]}, "config.json makes no sense"),
