@@ -14,7 +14,6 @@ import os
 import re
 import sys
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -172,9 +171,12 @@ def fetch_pretrained(name: str, data_dir: Path) -> Path:
         try:
             get(f"{WEIGHTS}.bin", "unet", read_tensors)
         except OSError as error:
-            if not find_spec("safetensors"):
-                raise OSError(f"{error} (or pip install safetensors)") from None
-            get(f"{WEIGHTS}.safetensors", "unet", read_tensors)
+            try:
+                import safetensors  # noqa: F401 (fail before the download)
+
+                get(f"{WEIGHTS}.safetensors", "unet", read_tensors)
+            except (OSError, ImportError) as other:
+                raise OSError(f"{error}; {other}") from None
     return folder
 
 
