@@ -10,7 +10,10 @@ scheduler_config.json, or with the first two in unet/ and the last in scheduler/
 theirs, with other names for its fields and tensors.
 """
 import json
+import os
 import re
+import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from data import DATA_DIR
 from diffusion import GaussianDiffusion
 from formats import fetch
 from runtime import read_checkpoint, write_whole
-from unet import UNet, UNetConfig, check
+from unet import UNet, UNetConfig
 
 HUB = "https://huggingface.co"
 WEIGHTS = "diffusion_pytorch_model"
@@ -39,6 +42,8 @@ FIXED = {
     "resnet_time_scale_shift": "default", "downsample_type": "conv", "upsample_type": "conv",
 }
 DERIVED = ["down_block_types", "up_block_types", "out_channels"]    # these follow from the others
+IGNORED = ["decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
+           "inv_gamma", "power"]    # how the average in unet_ema/ came about
 
 # The same for scheduler_config.json, and the values that have other names: theirs -> ours.
 FIXED_SCHEDULER = {
@@ -92,56 +97,66 @@ def describe(config: UNetConfig) -> dict:
 
 def load_checkpoint(ckpt: dict) -> tuple:
     """A checkpoint (see runtime.read_checkpoint) -> its network with the averaged weights, ready
-    to sample, and its diffusion. Raises OSError where the network is not one of today's unet.py."""
+    to sample, and its diffusion. Raises OSError where they are damaged, or not for this unet.py."""
     try:
         model = UNet(UNetConfig(**ckpt["config"]))
         model.load_state_dict(ckpt["ema"])
-    except (TypeError, ValueError, RuntimeError):
+        diffusion = GaussianDiffusion(1000, ckpt["args"]["schedule"], ckpt["args"]["prediction"])
+    except Exception:    # whatever the fields of another program lead to
         raise OSError("the checkpoint holds a network that does not fit this unet.py") from None
-    diffusion = GaussianDiffusion(1000, ckpt["args"]["schedule"], ckpt["args"]["prediction"])
+    check_weights(model, "the checkpoint")
     return model.eval().requires_grad_(False), diffusion
+
+
+def check_weights(model: UNet, source):
+    """Raises OSError where a weight is not finite, or larger than in any network that works."""
+    for name, weight in model.named_parameters():
+        if not weight.abs().max() < 1e6:    # a flipped bit makes 1e36 of 0.01, or NaN
+            raise OSError(f"{source} is damaged: {name} holds a {weight.abs().max():.3g}")
 
 
 def load_pretrained(source, data_dir: Path = DATA_DIR) -> tuple:
     """-> a UNet to start from, ready to train, and its diffusion. source: a folder in the diffusers
-    format, the name of such a model on the hub, which is fetched to data_dir once, or a ckpt.pt of
-    train.py, of which the averaged weights are taken. Raises OSError where a file is missing or
-    damaged, or describes what this project does not have."""
-    folder = Path(source)
-    if folder.is_file():
-        model, diffusion = load_checkpoint(read_checkpoint(folder))
-        return model.train().requires_grad_(True), diffusion
-    if not folder.exists():
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+    format; OWNER/NAME or OWNER/NAME@REVISION, a model on the hub, which is fetched to data_dir
+    once; or a ckpt.pt of train.py, or its folder. Averaged weights are taken where there are any.
+    Raises OSError where a file is missing or damaged, or describes what this project lacks."""
+    path = Path(os.path.expanduser(source))
+    if not path.exists():
+        name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w.-]*)?", str(source))
+        if not name or Path(path.parts[0]).exists():    # a mistyped path does not ask the hub
             raise FileNotFoundError(f"{source} does not exist, and is not the name of a model")
-        folder = fetch_pretrained(str(source), Path(data_dir))
-    inner = folder / "unet" if (folder / "unet").is_dir() else folder
-    scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    diffusion = read_diffusion(scheduler / "scheduler_config.json")
-    model = UNet(read_config(inner / "config.json"))
-    weights, state = read_weights(inner), {}
-    misfit = f"the weights in {inner} do not fit its config.json"
+        path = fetch_pretrained(str(source), Path(data_dir))
+    places = ["ckpt.pt", "unet_ema", "unet", "."]    # the moving average before the last weights
+    path = next(path / place for place in places if (path / place).exists())
+    if path.is_file():
+        model, diffusion = load_checkpoint(read_checkpoint(path))
+        return model.train().requires_grad_(True), diffusion
+    model, diffusion = read_config(path / "config.json"), read_diffusion(path)
+    weights, state = read_weights(path), {}
+    misfit = f"the weights in {path} do not fit its config.json"
     try:
         for name in model.state_dict():
             state[name] = torch.cat([weights.pop(theirs) for theirs in diffusers_names(name)])
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
     except KeyError as error:
         raise OSError(f"{misfit}: they lack {error}") from None
     except RuntimeError as error:
         raise OSError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from None
     if weights:
         raise OSError(f"{misfit}: they have a {min(weights)}")
+    check_weights(model, path)
     return model, diffusion
 
 
 def fetch_pretrained(name: str, data_dir: Path) -> Path:
-    """Fetches those files of a model that data_dir does not have yet -> their folder."""
+    """Fetches those files of OWNER/NAME[@REVISION] that data_dir does not have -> their folder."""
     folder = data_dir / name
+    repository, _, revision = name.partition("@")
 
-    def get(file, inner):
-        urls = [f"{HUB}/{name}/resolve/main/{path}" for path in [file, f"{inner}/{file}"]]
+    def get(file, inner, verify=read_json):
+        root = f"{HUB}/{repository}/resolve/{revision or 'main'}"
         if not (folder / file).exists():
-            fetch(urls, folder / file, lambda part: None)
+            fetch([f"{root}/{file}", f"{root}/{inner}/{file}"], folder / file, verify)
 
     try:
         get("config.json", "unet")
@@ -151,21 +166,27 @@ def fetch_pretrained(name: str, data_dir: Path) -> Path:
         raise OSError(f"{name} is neither a folder here nor a model on the hub: {error}") from None
     get("scheduler_config.json", "scheduler")
     read_config(folder / "config.json")    # fails early: the weights are gigabytes
-    read_diffusion(folder / "scheduler_config.json")
+    read_diffusion(folder)
     if not (folder / f"{WEIGHTS}.safetensors").exists():
         try:
-            get(f"{WEIGHTS}.bin", "unet")
-        except OSError:
-            get(f"{WEIGHTS}.safetensors", "unet")
+            get(f"{WEIGHTS}.bin", "unet", read_tensors)
+        except OSError as error:
+            try:
+                import safetensors  # noqa: F401 (fail before the download)
+
+                get(f"{WEIGHTS}.safetensors", "unet", read_tensors)
+            except (OSError, ImportError) as other:
+                raise OSError(f"{error}; {other}") from None
     return folder
 
 
 def read_json(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text()))
+        return {} | json.loads(path.read_bytes())    # TypeError if it is no dictionary
     except FileNotFoundError:
-        raise OSError(f"{path} does not exist: a model in the diffusers format has one") from None
-    except (ValueError, TypeError):
+        raise OSError(f"{path} does not exist: a model in the diffusers format has one, so has a "
+                      f"checkpoint-500/ of such a training") from None
+    except (ValueError, TypeError, RecursionError):
         raise OSError(f"{path} is damaged: it is not a JSON object") from None
 
 
@@ -176,10 +197,20 @@ def require(path: Path, fields: dict, name: str, allowed):
         raise OSError(f"{path}: {name} = {json.dumps(value)} is not supported here")
 
 
-def read_diffusion(path: Path) -> GaussianDiffusion:
-    """Reads a scheduler_config.json. What is absent there has its value in DDPM."""
-    fields = {"beta_schedule": "linear", "prediction_type": "epsilon"}
-    fields |= FIXED_SCHEDULER | read_json(path)
+def read_diffusion(folder: Path) -> GaussianDiffusion:
+    """Reads the scheduler_config.json of the model in a folder: there, in scheduler/, or beside the
+    folder, if it is a unet/ or checkpoint-500/. What is absent has its value in DDPM, except for
+    beta_schedule, which other kinds of diffusion lack."""
+    for place in [folder.resolve(), *folder.resolve().parents]:
+        paths = [place / "scheduler_config.json", place / "scheduler" / "scheduler_config.json"]
+        path = next(filter(Path.exists, paths), None)
+        if path or not re.match("unet|checkpoint-", place.name):
+            break
+    if path is None:
+        print(f"{folder} has no scheduler_config.json: assuming DDPM's linear noise schedule, and "
+              f"that it predicts eps", file=sys.stderr)
+        return GaussianDiffusion()
+    fields = FIXED_SCHEDULER | {"prediction_type": "epsilon"} | read_json(path)
     require(path, fields, "beta_schedule", SCHEDULES)
     require(path, fields, "prediction_type", PREDICTIONS)
     schedule = SCHEDULES[fields["beta_schedule"]]
@@ -190,52 +221,78 @@ def read_diffusion(path: Path) -> GaussianDiffusion:
     return GaussianDiffusion(1000, schedule, prediction)
 
 
-def read_config(path: Path) -> UNetConfig:
-    """Reads a config.json."""
+def read_config(path: Path) -> UNet:
+    """Reads a config.json -> the network that it describes, without weights."""
     fields = {"dropout": 0.0} | read_json(path)    # some models on the hub have no dropout
     for name in fields:
         if name in FIXED:
             require(path, fields, name, [FIXED[name]])
-        elif name not in [*FIELDS.values(), *DERIVED] and not name.startswith("_"):
+        elif name not in [*FIELDS.values(), *DERIVED, *IGNORED] and not name.startswith("_"):
             require(path, fields, name, [None, False])    # unknown here, so it must be off
     try:
         config = UNetConfig(**{ours: fields[theirs] for ours, theirs in FIELDS.items()})
         config.channels, config.head_dim = tuple(config.channels), config.head_dim or 0
         kinds = enumerate(fields["down_block_types"])
         config.attention = tuple(i for i, kind in kinds if kind.startswith("Attn"))
-        if not isinstance(config.image_size, int):
-            raise ValueError(f"sample_size = {config.image_size} is not one number")
-        check(config)
+        for ours, default in vars(UNetConfig()).items():
+            value = getattr(config, ours)
+            if type(value) not in (type(default), int) or (type(value) is int and value < 0):
+                raise ValueError(f"{FIELDS[ours]} = {json.dumps(value)} is not possible")
+        with torch.device("meta"):    # takes no memory, however large
+            model = UNet(config)
     except KeyError as error:
         raise OSError(f"{path} lacks {error}") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as error:
-        raise OSError(f"{path} makes no sense: {error}") from None
+    except Exception as error:    # layers raise anything
+        raise OSError(f"{path} makes no sense: {str(error).splitlines()[0]}") from None
     for name in DERIVED:
         require(path, fields, name, [describe(config)[name]])
-    return config
+    require(path, fields, "downsample_padding", [0, 1])
+    return model
 
 
 def read_weights(folder: Path) -> dict:
-    """-> {name: float32 tensor}, with the names that attention has today."""
-    path = folder / f"{WEIGHTS}.bin"
-    if not path.exists():
-        path = path.with_suffix(".safetensors")
-    if not path.exists():
+    """-> {name: float32 tensor}, with the names that attention has today. Without the usual files,
+    a variant is read, such as diffusion_pytorch_model.fp16.safetensors."""
+    kinds = [".bin", ".safetensors", ".*.json", ".*.bin", ".*.safetensors"]
+    paths = [path for kind in kinds for path in sorted(folder.glob(WEIGHTS + kind))]
+    if not paths:
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS}.bin nor {WEIGHTS}.safetensors")
+    if paths[0].suffix == ".json":
+        raise OSError(f"{paths[0]}: weights in several files are not supported: save them in one")
+    weights = read_tensors(paths[0])
+    for old, new in OLD_NAMES.items():
+        weights = {name.replace(f".{old}.", f".{new}."): x for name, x in weights.items()}
+    return weights
+
+
+def read_tensors(path: Path) -> dict:
+    """Reads and checks a file of weights -> {name: float32 tensor}"""
     try:
-        if path.suffix == ".bin":
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        else:
+        if ".safetensors" in path.name:    # also while its name ends in .tmp
             from safetensors.torch import load_file  # an optional package
 
             weights = load_file(path)
-        for old, new in OLD_NAMES.items():
-            weights = {name.replace(f".{old}.", f".{new}."): x for name, x in weights.items()}
+        else:
+            weights = load_verified(path)
         return {name: x.float() for name, x in weights.items()}
     except ImportError:
         raise OSError(f"to read {path}: pip install safetensors") from None
-    except Exception:    # torch.load and load_file raise whatever their readers raise
-        raise OSError(f"{path} is damaged, or is not a file of weights: get it again") from None
+    except Exception as error:    # anything
+        raise OSError(f"{path} is damaged, or cannot be read ({type(error).__name__})") from None
+
+
+def load_verified(path: Path):    # moves to runtime.py
+    """Reads what torch.save wrote, onto the CPU, after checking the CRC-32 of each part of that zip
+    archive, which torch.load does not. Raises OSError where the file is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:    # torch.load and zipfile raise whatever their readers raise
+        raise OSError(f"{path} is damaged, or was not written by torch.save") from None
 
 
 # -----------------------------------------------------------------------------

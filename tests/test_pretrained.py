@@ -1,5 +1,7 @@
 """The diffusers format: parity with that library, if installed, and models that do not fit."""
 import json
+import random
+import shutil
 import threading
 from dataclasses import replace
 from functools import partial
@@ -178,24 +180,216 @@ def test_old_names_of_attention_are_understood(folder, tmp_path):
     assert same_weights(a.state_dict(), b.state_dict())
 
 
-def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
-    hub = tmp_path / "hub" / "someone" / "a-model" / "resolve" / "main"
-    for path in folder.iterdir():
-        inner = hub / ("scheduler" if "scheduler" in path.name else "unet")
-        inner.mkdir(parents=True, exist_ok=True)
-        (inner / path.name).write_bytes(path.read_bytes())
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "hub")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+class Hub(SimpleHTTPRequestHandler):
+    """Serves files, or the log-in page of a hotel instead of all of them."""
+    log_in, asked = False, []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        if not self.log_in:
+            return super().do_GET()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>Welcome! Please log in.</html>")
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """Starts a hub with someone/a-model. Returns its handler, its server and the model's folder."""
+    pipeline(folder, tmp_path / "hub" / "someone" / "a-model" / "resolve" / "main")
+    handler = type("Handler", (Hub,), dict(asked=[]))
+    server = ThreadingHTTPServer(("127.0.0.1", 0),
+                                 partial(handler, directory=tmp_path / "hub"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(pretrained, "HUB", f"http://127.0.0.1:{server.server_address[1]}")
+    yield handler, server, tmp_path / "hub" / "someone" / "a-model" / "resolve"
+    server.shutdown()
+
+
+def pipeline(folder, copy):
+    """Copies a model to unet/ and scheduler/ in another folder."""
+    for path in folder.iterdir():
+        inner = copy / ("scheduler" if "scheduler" in path.name else "unet")
+        inner.mkdir(parents=True, exist_ok=True)
+        (inner / path.name).write_bytes(path.read_bytes())
+
+
+def test_a_model_is_fetched_from_the_hub_once(hub, tmp_path):
     model, diffusion = load_pretrained("someone/a-model", tmp_path / "data")
     with pytest.raises(OSError, match="someone/no-model is neither a folder here nor a model"):
         load_pretrained("someone/no-model", tmp_path / "data")
     assert not (tmp_path / "data" / "someone" / "no-model").exists()
-    server.shutdown()
+    hub[1].shutdown()
     again, _ = load_pretrained("someone/a-model", tmp_path / "data")
     assert diffusion.schedule == "cosine"
     assert same_weights(model.state_dict(), again.state_dict())
+
+
+def test_a_revision_can_be_named(hub, tmp_path):
+    handler, _, files = hub
+    (files / "main").rename(files / "v1.2")
+    model, _ = load_pretrained("someone/a-model@v1.2", tmp_path / "data")
+    assert (tmp_path / "data" / "someone" / "a-model@v1.2" / "config.json").exists()
+    assert all("/someone/a-model/resolve/v1.2/" in path for path in handler.asked)
+    with pytest.raises(OSError, match="someone/a-model is neither a folder here nor a model"):
+        load_pretrained("someone/a-model", tmp_path / "data")
+
+
+def test_only_a_whole_download_is_kept(hub, tmp_path):
+    handler, _, files = hub
+    copy, weights = tmp_path / "data" / "someone" / "a-model", "diffusion_pytorch_model.bin"
+    handler.log_in = True
+    with pytest.raises(OSError, match="is neither .* is damaged: it is not a JSON object"):
+        load_pretrained("someone/a-model", tmp_path / "data")
+    assert not copy.exists()
+    handler.log_in = False
+
+    whole = (files / "main" / "unet" / weights).read_bytes()
+    for damaged in [whole[:-9000], whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:]]:
+        (files / "main" / "unet" / weights).write_bytes(damaged)
+        with pytest.raises(OSError, match="bin.*.tmp is damaged.*safetensors could not be"):
+            load_pretrained("someone/a-model", tmp_path / "data")
+        assert sorted(path.name for path in copy.iterdir()) == [
+            "config.json", "scheduler_config.json"]
+    (files / "main" / "unet" / weights).write_bytes(whole)
+    load_pretrained("someone/a-model", tmp_path / "data")
+    assert (copy / weights).read_bytes() == whole
+
+
+def test_safetensors_are_fetched_where_there_is_no_bin(hub, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    unet = hub[2] / "main" / "unet"
+    weights = torch.load(unet / "diffusion_pytorch_model.bin")
+    (unet / "diffusion_pytorch_model.bin").unlink()
+    safetensors.save_file(weights, unet / "diffusion_pytorch_model.safetensors")
+    whole = (unet / "diffusion_pytorch_model.safetensors").read_bytes()
+    (unet / "diffusion_pytorch_model.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(OSError, match="safetensors could not be downloaded"):
+        load_pretrained("someone/a-model", tmp_path / "data")
+    (unet / "diffusion_pytorch_model.safetensors").write_bytes(whole)
+    load_pretrained("someone/a-model", tmp_path / "data")
+
+
+@pytest.mark.parametrize("path", [
+    "here/typo", "./someone/a-model", "../a-model", "~/a-model", "someone/a-model/unet",
+    "someone\\a-model", "typo", "someone/a-model@", "/someone"])
+def test_a_mistyped_path_does_not_ask_the_hub(hub, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_pretrained(path, tmp_path / "data")
+    assert hub[0].asked == []
+
+
+def test_the_layouts_that_people_have(folder, small_run, tmp_path, capsys):
+    weights = load_pretrained(folder)[0].state_dict()
+
+    def loads(path, schedule="cosine", expected=weights):
+        model, diffusion = load_pretrained(path)
+        assert diffusion.schedule == schedule
+        assert same_weights(model.state_dict(), expected)
+        assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+        return capsys.readouterr().err
+
+    # a pipeline, its unet/ alone, with and without a scheduler beside it
+    pipeline(folder, tmp_path / "pipeline")
+    assert not loads(tmp_path / "pipeline") and not loads(tmp_path / "pipeline" / "unet")
+    shutil.copytree(tmp_path / "pipeline" / "unet", tmp_path / "bare")
+    shutil.copytree(tmp_path / "pipeline" / "unet", tmp_path / "checkpoint-1" / "unet")
+    for bare in ["bare", "checkpoint-1"]:
+        printed = loads(tmp_path / bare, "linear")
+        assert "has no scheduler_config.json: assuming DDPM's linear" in printed
+        assert len(printed.splitlines()) == 1
+
+    # training checkpoints: the moving average before the last weights, the scheduler above
+    checkpoint = tmp_path / "pipeline" / "checkpoint-500"
+    shutil.copytree(tmp_path / "pipeline" / "unet", checkpoint / "unet_ema")
+    ema = json.loads((folder / "config.json").read_text())
+    ema |= dict(decay=0.9999, inv_gamma=1.0, min_decay=0.0, optimization_step=500, power=0.75,
+                update_after_step=0, use_ema_warmup=True)
+    (checkpoint / "unet_ema" / "config.json").write_text(json.dumps(ema))
+    (checkpoint / "unet").mkdir()
+    assert not loads(checkpoint) and not loads(checkpoint / "unet_ema")
+    with pytest.raises(OSError, match=r"has one, so has a checkpoint-500/"):
+        load_pretrained(tmp_path)
+
+    # a variant, and several files
+    name = "diffusion_pytorch_model"
+    whole, half = tmp_path / "bare" / f"{name}.bin", tmp_path / "bare" / f"{name}.fp16.bin"
+    torch.save({name: x.half() for name, x in torch.load(whole).items()}, half)
+    loads(tmp_path / "bare", "linear")
+    whole.unlink()
+    loads(tmp_path / "bare", "linear", {name: x.half().float() for name, x in weights.items()})
+    (tmp_path / "bare" / f"{name}.safetensors.index.json").write_text("{}")
+    with pytest.raises(OSError, match="index.json: weights in several files are not supported"):
+        load_pretrained(tmp_path / "bare")
+
+    # a run of train.py
+    loads(small_run[0], "lognormal", torch.load(small_run[0] / "ckpt.pt")["ema"])
+
+
+def test_what_that_library_writes_is_understood(tmp_path, capsys):
+    """A bare U-Net, its moving average, its variants and shards."""
+    pytest.importorskip("diffusers")
+    from diffusers.training_utils import EMAModel
+
+    model, bare = theirs(DEFAULTS), tmp_path / "bare"
+    model.save_pretrained(bare)
+    average = EMAModel(model.parameters(), model_cls=type(model), model_config=model.config)
+    average.save_pretrained(tmp_path / "checkpoint-500" / "unet_ema")
+    for path in [bare, tmp_path / "checkpoint-500"]:
+        ours, diffusion = load_pretrained(path)
+        assert diffusion.schedule == "linear" and difference(model, ours, DEFAULTS) < SAME
+        assert "assuming DDPM's linear noise schedule" in capsys.readouterr().err
+    model.half().save_pretrained(tmp_path / "half", variant="fp16")
+    assert (tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors").exists()
+    ours, _ = load_pretrained(tmp_path / "half")
+    assert difference(model.float(), ours, DEFAULTS) < SAME
+    model.save_pretrained(tmp_path / "shards", max_shard_size="500KB")
+    with pytest.raises(OSError, match="index.json: weights in several files are not supported"):
+        load_pretrained(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_flipped_bits(folder, tmp_path, kind):
+    """In .bin files every flip that matters is noticed. .safetensors files have no checksum: there,
+    no flip leads to a traceback, NaN or an absurd weight."""
+    copy, right = changed(folder, tmp_path), load_pretrained(folder)[0].state_dict()
+    path = copy / f"diffusion_pytorch_model.{kind}"
+    if kind == "safetensors":
+        safetensors = pytest.importorskip("safetensors.torch")
+        safetensors.save_file(torch.load(path.with_suffix(".bin")), path)
+        path.with_suffix(".bin").unlink()
+    whole, choose, n_refused = path.read_bytes(), random.Random(0), 0
+    header = int.from_bytes(whole[:8], "little")
+    for i in range(60):
+        place = choose.randrange(len(whole))
+        if kind == "safetensors" and i % 2:
+            place = choose.randrange(header)
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << choose.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            model = load_pretrained(copy)[0]
+        except OSError as error:
+            assert "\n" not in str(error) and str(copy) in str(error)
+            n_refused += 1
+        else:
+            if kind == "bin":
+                assert same_weights(model.state_dict(), right)
+            assert all(x.abs().max() < 1e6 for x in model.parameters())
+    assert n_refused > (40 if kind == "bin" else 25)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.0 ** 120])
+def test_weights_that_are_not_finite_or_absurd(folder, tmp_path, value):
+    copy = changed(folder, tmp_path)
+    weights = torch.load(copy / "diffusion_pytorch_model.bin")
+    weights["conv_out.bias"][0] = value
+    torch.save(weights, copy / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match=f"{copy} is damaged: conv_out.bias holds a "):
+        load_pretrained(copy)
 
 
 @pytest.mark.parametrize("file, fields, words", [
@@ -215,7 +409,15 @@ def test_a_model_is_fetched_from_the_hub_once(folder, tmp_path, monkeypatch):
     ("config.json",
      {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2},
      "have a down_blocks.1.attentions.0"),
+    ("config.json", {"layers_per_block": 1.0}, "layers_per_block = 1.0 is not possible"),
+    ("config.json", {"flip_sin_to_cos": "false"}, 'flip_sin_to_cos = "false" is not possible'),
+    ("config.json", {"attention_head_dim": -8}, "attention_head_dim = -8 is not possible"),
+    ("config.json", {"downsample_padding": 2}, "downsample_padding = 2 is not supported"),
+    ("config.json", {"norm_eps": None}, "norm_eps = null is not possible"),
+    ("config.json", {"block_out_channels": [8, 2 ** 20]}, "not fit its config.json: size mismatch"),
+    ("config.json", {"block_out_channels": [8, 2 ** 80]}, "config.json makes no sense"),
     ("scheduler_config.json", {"prediction_type": "sample"}, 'prediction_type = "sample" is not'),
+    ("scheduler_config.json", {"beta_schedule": None, "shift": 3.0}, "beta_schedule = null is not"),
     ("scheduler_config.json", {"beta_schedule": "scaled_linear"},
      'beta_schedule = "scaled_linear" is not'),
     ("scheduler_config.json", {"beta_schedule": "linear", "beta_end": 0.03},
@@ -235,9 +437,10 @@ def test_files_that_are_missing_or_damaged(folder, tmp_path):
     weights.unlink()
     with pytest.raises(OSError, match="has neither diffusion_pytorch_model.bin nor"):
         load_pretrained(copy)
-    (copy / "config.json").write_text("[1]")
-    with pytest.raises(OSError, match="config.json is damaged"):
-        load_pretrained(copy)
+    for text in ["[1]", "[]", "<html>", "[" * 10 ** 5]:
+        (copy / "config.json").write_text(text)
+        with pytest.raises(OSError, match="config.json is damaged"):
+            load_pretrained(copy)
     (copy / "config.json").write_text("{}")
     with pytest.raises(OSError, match="config.json lacks 'sample_size'"):
         load_pretrained(copy)
@@ -310,3 +513,10 @@ def test_a_checkpoint_of_another_network_is_refused():
             load_checkpoint(ckpt | dict(config=vars(config)))
     with pytest.raises(OSError, match="does not fit this unet.py"):
         load_checkpoint(ckpt | dict(config=dict(vars(toy), depth=3)))
+    for part in [dict(args={}), dict(args=dict(schedule="x", prediction="eps")), dict(ema=[]),
+                 dict(ema={}), dict(config=None), dict(config=dict(vars(toy), groups=0))]:
+        with pytest.raises(OSError, match="does not fit this unet.py"):
+            load_checkpoint(ckpt | part)
+    ckpt["ema"]["conv_out.bias"][0] = float("nan")
+    with pytest.raises(OSError, match="the checkpoint is damaged: conv_out.bias holds a nan"):
+        load_checkpoint(ckpt)
