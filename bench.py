@@ -14,7 +14,6 @@ with channels (32, 64, 64) and images padded to 32x32. The last line printed is 
 import argparse
 import copy
 import json
-import math
 import statistics
 import sys
 import time
@@ -26,8 +25,9 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import GaussianDiffusion
+from images import to_float
 from pretrained import describe
-from pu_loss import pu_loss
+from pu_loss import batch_composition, pu_loss
 from runtime import compiled, default_dtype, device_flags, exit_status, find_device, positive, ranks
 from unet import PRESETS, UNet, preset
 
@@ -76,8 +76,7 @@ torch.manual_seed(0)
 # ours
 
 prior = 0.5
-n_s = min(8 * math.ceil(batch_size * prior / (1 + prior) / 8), batch_size // 2)
-n_u = batch_size - n_s
+n_u, n_s = batch_composition("pu", batch_size, prior, share_s=0)
 images = torch.randint(256, (10000, *shape), dtype=torch.uint8).to(device)
 diffusion = GaussianDiffusion().to(device)
 ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -86,7 +85,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
 
 def batch():
     """-> x_0, t and eps, where images of S share t and eps with images of U."""
-    x_0 = images[torch.randint(len(images), (batch_size,), device=device)].float() / 127.5 - 1
+    x_0 = to_float(images[torch.randint(len(images), (batch_size,), device=device)])
     t, eps = torch.randint(1000, (n_u,), device=device), torch.randn(n_u, *shape, device=device)
     eps = torch.cat([eps, eps[:n_s]]).contiguous(memory_format=torch.channels_last)
     return x_0.contiguous(memory_format=torch.channels_last), torch.cat([t, t[:n_s]]), eps
@@ -163,7 +162,7 @@ if args.against:
     scheduler = DPMSolverMultistepScheduler()
     loader = DataLoader(
         F.pad(images.cpu(), [pad] * 4), batch_size, shuffle=True, drop_last=True,
-        collate_fn=lambda batch: torch.stack(batch).float() / 127.5 - 1,
+        collate_fn=lambda batch: to_float(torch.stack(batch)),
         num_workers=4 if on_cuda else 0, multiprocessing_context="fork" if on_cuda else None,
         pin_memory=on_cuda)
     batches = chain.from_iterable(repeat(loader))

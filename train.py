@@ -247,11 +247,11 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
         scaler.scale(risk / args.grad_accum).backward()
 
         found["risk"] = risk
-        for name, losses, t in zip(["loss_u", "loss_s"], loss.split(sizes), t.split(sizes)):
+        for name, losses, of in zip(["loss_u", "loss_s"], loss.split(sizes), t.split(sizes)):
             if len(losses) > 0:
                 found[name] = losses.mean()
                 for third, where in enumerate(["low", "middle", "high"]):    # a third of all t each
-                    inside = 3 * t // diffusion.T == third
+                    inside = 3 * of // diffusion.T == third
                     found[f"{name}_{where}_t"] = (3 * losses * inside).mean()
         for name, value in found.items():
             means[name] = means.get(name, 0) + value.detach() / args.grad_accum
