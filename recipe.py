@@ -22,9 +22,9 @@ from unet import PRESETS
 
 # by network: tiny, and all others
 TINY = dict(schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200, max_steps=4000,
-            pu_start=0.5, limit=3.0)
+            limit=3.0)
 LARGER = dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, max_steps=20000,
-              pu_start=0.5, limit=3.0)
+              limit=3.0)
 # the paper's, section 5; steps follow from epochs
 PAPER = dict(model="paper", schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500,
              max_steps=None, epochs=100, pu_start=0, limit=math.inf)
@@ -32,6 +32,8 @@ FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs
 
 MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
               "max_steps", "data_dir", "out_dir", "resume"}    # on --resume
+
+MAX_PASSES = 60    # over S
 
 
 def train_flags(description: str) -> argparse.ArgumentParser:
@@ -49,8 +51,8 @@ def train_flags(description: str) -> argparse.ArgumentParser:
         help="the PU risk, or a baseline (default: pu)")
     add("--recipe", choices=["paper"], help="network, schedule, optimizer, epochs of the paper")
     add("--pu_start", type=step_or_share,
-        help="step, or share of the steps, where the PU risk begins (default: 1/2; 0 with --recipe "
-             "and --init_from)")
+        help="step, or share of the steps, where the PU risk begins (default: 1/2, or later if S "
+             "is small; 0 with --recipe and --init_from)")
     add("--correction", default="abs", choices=["abs", "nn", "none"],
         help="of a negative estimate of the normal loss (default: abs)")
     add("--limit", type=positive_or_inf,
@@ -139,14 +141,19 @@ def fill_in(args: argparse.Namespace, known: dict):
     args.loss_prior = args.loss_prior or args.prior
 
 
-def first_pu_step(args: argparse.Namespace, n_unlabeled: int) -> int:
+def first_pu_step(args: argparse.Namespace, n_unlabeled: int, passes: float) -> int:
     """How long to train, and where the PU risk begins: sets args.max_steps where it follows from
     epochs, passes over U -> the number of steps before the PU risk.
+
+    passes: the passes over S that a step makes. By default the PU risk has half of the steps, or
+        as many as pass MAX_PASSES times over S; more, and S is learned by heart.
     Raises ValueError where no step would be left for it."""
     if args.max_steps is None:
         args.max_steps = math.ceil(args.epochs * n_unlabeled / args.batch_size)
     if args.algorithm != "pu":
         return 0
+    if args.pu_start is None:
+        return args.max_steps - max(1, min(args.max_steps // 2, int(MAX_PASSES / passes)))
     pu_start = args.pu_start
     if pu_start < 1:    # a share
         pu_start *= args.max_steps
@@ -167,11 +174,12 @@ def learning_rate(args: argparse.Namespace, step: int, pu_start: int) -> float:
     return warmup * args.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def averaging(args: argparse.Namespace, step: int) -> float:
+def averaging(args: argparse.Namespace, step: int, pu_start: int) -> float:
     """The decay of the moving average of the weights. It soon forgets random weights, and reaches
-    back over at most a quarter of the run; otherwise a short fine-tuning would sample from the old
-    model."""
-    slow = min(args.ema_decay, max(0, 1 - 4 / args.max_steps))
+    back over half of its part of the run at most; otherwise a short second part, or a short
+    fine-tuning, would sample from the model that it began with."""
+    part = pu_start if step < pu_start else args.max_steps - pu_start
+    slow = min(args.ema_decay, max(0, 1 - 2 / part))
     if args.init_from:
         return slow
     return min(slow, (1 + step) / (10 + step))

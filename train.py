@@ -38,7 +38,7 @@ from pu_loss import (
     supervised_loss,
     unsupervised_loss,
 )
-from recipe import averaging, fill_in, first_pu_step, learning_rate, parse, train_flags
+from recipe import MAX_PASSES, averaging, fill_in, first_pu_step, learning_rate, parse, train_flags
 from runtime import (
     compiled,
     default_dtype,
@@ -74,22 +74,24 @@ torch.manual_seed(args.seed)
 # -----------------------------------------------------------------------------
 # the model to start from; then the flags that were not given can be filled in
 
-given, known = None, {}
+model, known = None, {}
 with exit_status(parser):
-    if args.init_from and not ckpt:
+    if ckpt:
+        model = UNet(UNetConfig(**ckpt["config"]))
+    elif args.init_from:
         hub_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
         with first_rank_first():
-            given, given_diffusion = load_pretrained(args.init_from, hub_dir)
-        known = dict(schedule=given_diffusion.schedule, prediction=given_diffusion.prediction)
+            model, diffusion = load_pretrained(args.init_from, hub_dir)
+        known = dict(schedule=diffusion.schedule, prediction=diffusion.prediction)
         if "image_size" in DATASETS[args.dataset]:    # whose images are resized to what it has
-            known |= dict(image_size=given.config.image_size, channels=given.config.image_channels)
+            known |= dict(image_size=model.config.image_size, channels=model.config.image_channels)
     fill_in(args, known)
 
 # -----------------------------------------------------------------------------
 # the data
 
 with exit_status(parser):
-    if args.image_size and not (given or ckpt):
+    if args.image_size and model is None:
         check(preset(args.model, args.channels, args.image_size))    # before images are decoded
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
@@ -114,13 +116,13 @@ with exit_status(parser):
 # what a step takes, and from which step on
 
 with exit_status(parser):
-    pu_start = ckpt["pu_start"] if ckpt else first_pu_step(args, n_unlabeled)
     share_s = len(s) / (len(u) + len(s))
     n_u, n_s = batch_composition(args.algorithm, args.batch_size, loss_prior, share_s)
     if args.scores and len(s) < n_s:
         raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the {n_s} "
                          f"a step takes: they would be learned by heart. Use --algorithm "
                          f"unsupervised, or a larger --keep")
+    pu_start = ckpt["pu_start"] if ckpt else first_pu_step(args, n_unlabeled, n_s / max(1, len(s)))
     micro_batches = world * args.grad_accum    # a step, over all ranks
     for n in [n_u, n_s, args.batch_size]:
         if n % micro_batches:
@@ -132,17 +134,14 @@ with exit_status(parser):
 # the network, its moving average, the loss, the optimizer
 
 with exit_status(parser):
-    if ckpt:
-        config = UNetConfig(**ckpt["config"])
-    elif given:
-        config = given.config
-    else:
-        config = preset(args.model, channels, size)
+    if model is None:
+        model = UNet(preset(args.model, channels, size))
+    config = model.config
     if (config.image_channels, config.image_size) != (channels, size):
         raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
                          f"{config.image_size} images of {config.image_channels} channels, "
                          f"{args.dataset} has {size}x{size} of {channels}")
-    model = (given or UNet(config)).to(device, memory_format=torch.channels_last)
+model = model.to(device, memory_format=torch.channels_last)
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 net = model
 if world > 1:
@@ -330,9 +329,10 @@ print(f"steps {pu_start + 1} to {args.max_steps} minimise {formula}, on {n_u} im
       f"{n_s} of S a step")
 if args.algorithm == "pu" and knows_u:
     print(f"in the PU risk, l counts up to {args.limit:g} times what U costs at the same timestep")
-if args.algorithm == "pu" and len(s) < 4 * n_s:
-    print(f"S is small: {len(s)} images are soon learned by heart. Watch the samples, raise "
-          f"--pu_start if they suffer, or sort U by pu_filter.py and use --scores")
+passes = (args.max_steps - pu_start) * n_s / max(1, len(s))
+if passes > MAX_PASSES:
+    print(f"S is small: its images come {passes:.0f} times each, and are learned by heart. Raise "
+          f"--pu_start if the samples suffer, or sort U by pu_filter.py and use --scores")
 if micro_batches > 1:
     print(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
 print(f"{args.model or args.init_from} U-Net of "
@@ -367,7 +367,7 @@ while step < args.max_steps:
     scaler.update()
     optimizer.zero_grad()
     with torch.no_grad():
-        old = averaging(args, step)
+        old = averaging(args, step, pu_start)
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - old)
     for name, value in means.items():
         sums[name] = sums.get(name, 0) + value
