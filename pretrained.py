@@ -18,7 +18,7 @@ import torch
 from data import DATA_DIR
 from diffusion import GaussianDiffusion
 from formats import fetch
-from runtime import read_checkpoint, write_whole
+from runtime import read_checkpoint, save_whole
 from unet import UNet, UNetConfig, check
 
 HUB = "https://huggingface.co"
@@ -260,7 +260,7 @@ def save_pretrained(model: UNet, diffusion: GaussianDiffusion, folder: Path):
         names = diffusers_names(name)
         weights |= zip(names, [part.clone() for part in tensor.cpu().chunk(len(names))])
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{WEIGHTS}.bin", lambda part: torch.save(weights, part))
+    save_whole(weights, folder / f"{WEIGHTS}.bin")
     for file, fields in [("config.json", describe(model.config)), ("model_index.json", index),
                          ("scheduler_config.json", scheduler)]:
         (folder / file).write_text(json.dumps(fields, indent=2) + "\n")
