@@ -221,7 +221,7 @@ def evaluate(args: argparse.Namespace):
     figures, is_sensitive = measure(classifier, images, data, sensitive, args.seed)
     trained = {key: run.get(key) for key in TRAINED}
     if ckpt:
-        trained |= dict(loss_prior=ckpt["loss_prior"], train_seed=run["seed"],
+        trained |= dict(loss_prior=ckpt["loss_prior"], train_seed=run.get("seed"),
                         train_steps=ckpt["step"], train_seconds=ckpt["seconds"])
     figures = dict(dataset=name, sensitive=sensitive, **trained, n=len(images),
                    sampler=args.sampler if ckpt else None, steps=args.steps if ckpt else None,

@@ -4,6 +4,7 @@ What the scripts share: errors, files, devices, ranks, precision, checkpoints, a
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -18,6 +19,9 @@ import torch.distributed as dist
 # -----------------------------------------------------------------------------
 # errors, signals, closed pipes
 
+OUT_OF_MEMORY = re.compile("MemoryError|out of memory|can't allocate memory")    # as devices say it
+
+
 @contextmanager
 def exit_status(parser: argparse.ArgumentParser):
     """Ends the script with one sentence instead of a traceback: with exit status 2 for ValueError
@@ -30,17 +34,12 @@ def exit_status(parser: argparse.ArgumentParser):
     except OSError as error:
         sys.exit(f"{parser.prog}: error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not OUT_OF_MEMORY.search(repr(error)):
             raise
         sys.exit(f"{parser.prog}: error: out of memory: try a smaller --batch_size, --image_size "
                  f"or --n, or for training a larger --grad_accum")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: interrupted")
-
-
-def out_of_memory(error: Exception) -> bool:
-    words = ["out of memory", "can't allocate memory"]    # torch has a type for some devices only
-    return isinstance(error, MemoryError) or any(some in str(error) for some in words)
 
 
 def say(text: str):
@@ -72,10 +71,8 @@ class Stop:
 # -----------------------------------------------------------------------------
 # files
 
-# what a checkpoint must hold, and which flags of its run
 CHECKPOINT = set("args config counted counts ema loss_prior model optimizer pu_start rng scaler "
-                 "seconds step sums typical".split())
-CHECKPOINT_FLAGS = {"dataset", "prediction", "schedule", "seed"}
+                 "seconds step sums typical".split())    # what train.py saves
 
 
 def write_whole(path: Path, write, keep: Path = None):
@@ -129,7 +126,7 @@ def load_verified(path: Path, kind: str = "a file of torch.save") -> object:
             file.seek(0)
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:    # torch.load raises whatever its readers raise
-            if out_of_memory(error):
+            if OUT_OF_MEMORY.search(repr(error)):
                 raise
             raise OSError(f"{path} is not {kind}, or is damaged") from None
     if not finite(loaded):
@@ -155,8 +152,7 @@ def read_checkpoint(path: Path) -> dict:
             f"{path} does not exist: train.py writes it at its first sample grid") from None
     if not isinstance(ckpt, dict) or not isinstance(ckpt.get("args"), dict):
         raise OSError(f"{path} is not {kind}")
-    missing = (CHECKPOINT - ckpt.keys()) | (CHECKPOINT_FLAGS - ckpt["args"].keys())
-    if missing:
+    if missing := CHECKPOINT - ckpt.keys():
         raise OSError(f"{path} is not {kind}, or of another version: it lacks {min(missing)}")
     return ckpt
 
