@@ -26,11 +26,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
+import runtime
 from classifier import Classifier, predict, train_classifier
 from data import DATA_DIR, DATASETS, Images, digest, has_class, load, parse_classes
 from formats import decode
 from images import empty_png_folder, framed, save_grid, save_png, to_float
-from runtime import exit_status, find_device, first_rank_first, ranks, read_checkpoint, write_whole
 from sample import draw, open_model, sampling_flags
 
 # -----------------------------------------------------------------------------
@@ -76,17 +76,17 @@ def load_judge(data: Images, hflip: bool, cache: Path, device: torch.device) -> 
     missing, damaged, or for another version or data, trains the judge and writes the cache."""
     key = f"{JUDGE_VERSION} {hflip} {digest(data.train)} {digest(data.train_labels)}"
     try:
-        saved = torch.load(cache, map_location="cpu", weights_only=True)
-    except Exception:    # torch.load raises whatever its readers do
-        saved = {"key": None}
-    if saved["key"] != key:
+        saved = runtime.load_verified(cache)
+    except OSError:
+        saved = None
+    if not isinstance(saved, dict) or saved.get("key") != key:
         print(f"training a classifier to judge by; it is kept in {cache}", file=sys.stderr)
         trained = train_judge(data.train, data.train_labels, hflip, device)
         classes, _ = judge(trained, data.test, data.test_labels.ndim == 2)
         saved = {"key": key, "model": trained.cpu().state_dict(),
                  "accuracy": float((classes == data.test_labels).float().mean())}
         try:
-            write_whole(cache, lambda path: torch.save(saved, path))
+            runtime.save_whole(saved, cache)
         except OSError as error:
             print(f"the next evaluation will train it again: {error}", file=sys.stderr)
     classifier = Classifier(*data.train.shape[1:3], len(saved["model"]["out.bias"]))
@@ -177,7 +177,7 @@ def read_images(folder: Path, image_channels: int, image_size: int) -> torch.Ten
 
 def evaluate(args: argparse.Namespace):
     """The command. Raises ValueError and OSError, as runtime.exit_status expects."""
-    ckpt = read_checkpoint(args.ckpt) if args.ckpt else None
+    ckpt = runtime.read_checkpoint(args.ckpt) if args.ckpt else None
     run = ckpt["args"] if ckpt else {}    # the flags of train.py
     name = args.dataset or run.get("dataset", "mnist")
     if name != run.get("dataset", name):
@@ -188,8 +188,8 @@ def evaluate(args: argparse.Namespace):
     sensitive = parse_classes(name, args.sensitive or run.get("sensitive", info["sensitive"]))
     out_dir = args.out_dir or (args.ckpt.parent if ckpt else Path())
     out_dir.mkdir(parents=True, exist_ok=True)
-    device = find_device(args.device)
-    with first_rank_first():
+    device = runtime.find_device(args.device)
+    with runtime.first_rank_first():
         data = load(name, args.data_dir, args.image_size or run.get("image_size"),
                     args.channels or run.get("channels"))
     channels, size = data.train.shape[1:3]
@@ -203,10 +203,13 @@ def evaluate(args: argparse.Namespace):
         print(f"{len(normal)} real test normals: {args.export_real}")
         return
     if ckpt:
-        images = draw(args, *open_model(ckpt, device))
+        model, diffusion = open_model(ckpt, device)
+        if (model.config.image_channels, model.config.image_size) != (channels, size):
+            raise ValueError(f"{args.ckpt} draws other images than --image_size and --channels say")
+        images = draw(args, model, diffusion)
     else:
         images = read_images(args.images, channels, size)
-    rank, world = ranks()
+    rank, world = runtime.ranks()
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
@@ -218,7 +221,7 @@ def evaluate(args: argparse.Namespace):
     figures, is_sensitive = measure(classifier, images, data, sensitive, args.seed)
     trained = {key: run.get(key) for key in TRAINED}
     if ckpt:
-        trained |= dict(loss_prior=ckpt["loss_prior"], train_seed=run["seed"],
+        trained |= dict(loss_prior=ckpt["loss_prior"], train_seed=run.get("seed"),
                         train_steps=ckpt["step"], train_seconds=ckpt["seconds"])
     figures = dict(dataset=name, sensitive=sensitive, **trained, n=len(images),
                    sampler=args.sampler if ckpt else None, steps=args.steps if ckpt else None,
@@ -229,9 +232,9 @@ def evaluate(args: argparse.Namespace):
         mark = "sensitive" if i in sensitive else ""
         if count or data.test_labels.ndim == 1:    # of the attributes of faces, those that occur
             print(f"{info['classes'][i]:>20} {mark:9} {count:6d} {bar}")
-    save_grid(framed(images[:100], is_sensitive[:100]), out_dir / "evaluation.png")
     print(f"{out_dir / 'evaluation.png'}: up to 100 images, those judged sensitive framed in red")
-    print(json.dumps(figures))
+    print(json.dumps(figures), flush=True)    # before anything fails
+    save_grid(framed(images[:100], is_sensitive[:100]), out_dir / "evaluation.png")
 
 
 def main():
@@ -244,13 +247,14 @@ def main():
     what.add_argument("--export_real", type=Path, help="only write the test normals to this folder")
     parser.add_argument("--dataset", choices=LABELED, help="(default: the checkpoint's, or mnist)")
     parser.add_argument("--data_dir", type=Path, default=DATA_DIR, help="folder that holds mnist/")
-    parser.add_argument("--image_size", type=int, help="for celeba (default: the checkpoint's)")
+    parser.add_argument("--image_size", type=runtime.positive,
+                        help="for celeba (default: the checkpoint's)")
     parser.add_argument("--channels", type=int, choices=[1, 3], help="for celeba")
     parser.add_argument("--sensitive", help="classes or groups (default: the checkpoint's)")
     parser.add_argument("--out_dir", type=Path, help="for evaluation.png (default: beside --ckpt)")
     sampling_flags(parser, n=5000)
     args = parser.parse_args()
-    with exit_status(parser):
+    with runtime.exit_status(parser):
         evaluate(args)
 
 

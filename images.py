@@ -2,12 +2,15 @@
 Images on their way in and out: uint8 and [-1, 1], PNG files, grids.
 """
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
+
+from runtime import write_whole
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -52,7 +55,7 @@ def grid(images: torch.Tensor) -> torch.Tensor:
 
 def save_grid(images: torch.Tensor, path: Path):
     """Writes a grid of images, uint8 [N, C, H, W], as PNG."""
-    save_png(grid(images), path)
+    write_whole(path, partial(save_png, grid(images)))
 
 
 def save_grids(groups: list, path: Path):
@@ -60,7 +63,7 @@ def save_grids(groups: list, path: Path):
     grids = [grid(images) for images in groups]
     height = max(image.shape[1] for image in grids)
     padded = [F.pad(image, (0, 12, 0, height - image.shape[1]), value=255) for image in grids]
-    save_png(torch.cat(padded, dim=2)[:, :, :-12], path)
+    write_whole(path, partial(save_png, torch.cat(padded, dim=2)[:, :, :-12]))
 
 
 def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
@@ -81,4 +84,4 @@ def join_pngs(paths: list, path: Path):
     joined = Image.new(pictures[0].mode, (len(pictures) * (width + 12) - 12, height), "white")
     for i, picture in enumerate(pictures):
         joined.paste(picture, (i * (width + 12), 0))
-    joined.save(path, format="PNG")
+    write_whole(path, partial(joined.save, format="PNG"))

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ import torch
 from data import DATA_DIR
 from diffusion import GaussianDiffusion
 from formats import fetch
-from runtime import read_checkpoint, write_whole
+from runtime import load_verified, read_checkpoint, save_whole
 from unet import UNet, UNetConfig
 
 HUB = "https://huggingface.co"
@@ -281,20 +280,6 @@ def read_tensors(path: Path) -> dict:
         raise OSError(f"{path} is damaged, or cannot be read ({type(error).__name__})") from None
 
 
-def load_verified(path: Path):    # moves to runtime.py
-    """Reads what torch.save wrote, onto the CPU, after checking the CRC-32 of each part of that zip
-    archive, which torch.load does not. Raises OSError where the file is missing or damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception:    # torch.load and zipfile raise whatever their readers raise
-        raise OSError(f"{path} is damaged, or was not written by torch.save") from None
-
-
 # -----------------------------------------------------------------------------
 # writing
 
@@ -317,7 +302,7 @@ def save_pretrained(model: UNet, diffusion: GaussianDiffusion, folder: Path):
         names = diffusers_names(name)
         weights |= zip(names, [part.clone() for part in tensor.cpu().chunk(len(names))])
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{WEIGHTS}.bin", lambda part: torch.save(weights, part))
+    save_whole(weights, folder / f"{WEIGHTS}.bin")
     for file, fields in [("config.json", describe(model.config)), ("model_index.json", index),
                          ("scheduler_config.json", scheduler)]:
         (folder / file).write_text(json.dumps(fields, indent=2) + "\n")

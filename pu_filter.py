@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from classifier import Classifier, predict, train_classifier
 from data import DATASETS, Images, data_flags, digest, has_class, load, parse_classes, split
 from images import save_grids, to_float
-from runtime import exit_status, find_device, positive, ranks, write_whole
+from runtime import exit_status, find_device, load_verified, positive, ranks, save_whole
 
 FOLDS, ROUNDS = 4, 3    # of U and S; trainings for each fold
 TRUSTED = 0.8    # fraction of U's normal, and of its sensitive images that a later round trusts
@@ -112,19 +112,22 @@ def cross_scores(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor, prior: 
 def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep: float) -> tuple:
     """-> the fraction `keep` of u that scores lowest, and those of s that score no higher.
     Raises OSError for a file that pu_filter.py did not write, ValueError for other images."""
+    kind = "what pu_filter.py writes"
     try:
-        scores = torch.load(path, weights_only=True)
+        scores = load_verified(path, kind)
+        z_u, z_s, images = (scores[name] for name in ["z_u", "z_s", "images"])
+        fit = z_u.shape == scores["u"].shape and z_s.shape == scores["s"].shape
     except FileNotFoundError:
         raise FileNotFoundError(f"--scores {path} does not exist: pu_filter.py writes it") from None
-    except Exception:    # torch.load raises whatever its readers do
-        scores = None
-    if not isinstance(scores, dict) or not {"u", "s", "z_u", "z_s", "images"} <= scores.keys():
-        raise OSError(f"--scores {path} is not what pu_filter.py writes, or is damaged")
+    except (AttributeError, LookupError, TypeError):
+        fit = False
+    if not fit:
+        raise OSError(f"--scores {path} is not {kind}, or is damaged")
     same = torch.equal(scores["u"], u) and torch.equal(scores["s"], s)
-    if not same or scores["images"] != digest(data.train):
+    if not same or images != digest(data.train):
         raise ValueError(f"--scores {path} is for other images: use the same data flags and --seed")
-    threshold = scores["z_u"].kthvalue(math.ceil(keep * len(u))).values
-    return u[scores["z_u"] <= threshold], s[scores["z_s"] <= threshold]
+    threshold = z_u.kthvalue(math.ceil(keep * len(u))).values
+    return u[z_u <= threshold], s[z_s <= threshold]
 
 
 # -----------------------------------------------------------------------------
@@ -174,14 +177,14 @@ def main():
         hflip = DATASETS[args.dataset]["hflip"]
         z_u, z_s = cross_scores(data.train, u, s, args.prior, hflip, args.steps, device)
         scores = {"u": u, "s": s, "z_u": z_u, "z_s": z_s, "images": digest(data.train)}
-        write_whole(path, lambda part: torch.save(scores, part))
+        save_whole(scores, path)
+        print_table(args, z_u, z_s, data.train_labels[u])
 
         order = z_u.argsort()
         n_kept = min(max(1, round((1 - args.prior) * len(u))), len(u) - 1)
         halves = [u[order[n_kept:]], u[order[:n_kept]]]
         some = [half[torch.randperm(len(half))[:64]] for half in halves]
         save_grids([data.train[index] for index in some], out_dir / "dropped.png")
-    print_table(args, z_u, z_s, data.train_labels[u])
     print(f"{out_dir / 'dropped.png'}: what --keep {1 - args.prior:.3g} drops, and what it keeps")
     print(f"to use it: python train.py --algorithm unsupervised --scores {path} and these flags")
 

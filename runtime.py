@@ -5,57 +5,156 @@ import argparse
 import csv
 import math
 import os
+import re
+import signal
 import sys
 import time
-from contextlib import contextmanager
+import zipfile
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 # -----------------------------------------------------------------------------
-# errors and files
+# errors, signals, closed pipes
+
+OUT_OF_MEMORY = re.compile("MemoryError|out of memory|can't allocate memory")    # as devices say it
+
 
 @contextmanager
 def exit_status(parser: argparse.ArgumentParser):
     """Ends the script with one sentence instead of a traceback: with exit status 2 for ValueError
-    (a wish that cannot be granted), with 1 for OSError (a bad file or machine) and Ctrl-C."""
+    (a wish that cannot be granted), with 1 for OSError (a bad file or machine), too little memory,
+    and Ctrl-C."""
     try:
         yield
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
         sys.exit(f"{parser.prog}: error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not OUT_OF_MEMORY.search(repr(error)):
+            raise
+        sys.exit(f"{parser.prog}: error: out of memory: try a smaller --batch_size, --image_size "
+                 f"or --n, or for training a larger --grad_accum")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: interrupted")
 
 
-def write_whole(path: Path, write):
-    """Calls write(temporary path), then renames, so that path never holds half a file.
+def say(text: str):
+    """Prints a line at once. Once nobody reads it any more, as in `train.py | head -1`, the line is
+    lost, but the program goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Stop:
+    """Catches SIGTERM and Ctrl-C. `signal` is None, then its number: time to save, and to call
+    sys.exit(128 + stop.signal). A second one exits at once, but not within a second of the first:
+    where a scheduler signals all processes, torchrun does so once more."""
+    signal = None
+
+    def __init__(self):
+        for number in [signal.SIGINT, signal.SIGTERM]:
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.signal is None:
+            self.signal, self.start = number, time.monotonic()
+        elif time.monotonic() - self.start > 1:
+            sys.exit(128 + number)
+
+
+# -----------------------------------------------------------------------------
+# files
+
+CHECKPOINT = set("args config counted counts ema loss_prior model optimizer pu_start rng scaler "
+                 "seconds step sums typical".split())    # what train.py saves
+
+
+def write_whole(path: Path, write, keep: Path = None):
+    """Calls write(temporary path), then renames, so that path never holds half a file, even after
+    a power cut. What it held before stays under the name `keep`, if that is given.
     Raises OSError naming path where it cannot be written; no temporary file stays behind."""
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:    # RuntimeError: torch.save on a full disk
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        with suppress(OSError):    # Windows and some network file systems cannot
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, part, str(part)):
+            raise    # it is not about writing
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
+def save_whole(state, path: Path, keep: Path = None):
+    """torch.save by write_whole: see there. It also knows a full disk, which torch.save hides."""
+    def write(part):
+        with part.open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:    # raised while the error of the file was handled
+                raise (error.__context__ or error) from None
+    write_whole(path, write, keep)
+
+
+def load_verified(path: Path, kind: str = "a file of torch.save") -> object:
+    """Reads what torch.save wrote, onto the CPU, and checks what torch.load does not: the checksums
+    in this zip archive, and that all numbers are finite. kind: what it should be, for the error.
+    Raises OSError where the file is missing, damaged, or something else."""
+    if path.exists() and not path.is_file():    # the end of a pipe may never come
+        raise OSError(f"{path} is not a file")
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                # No checksum covers external_attr, which is 0. With its bit 16, a folder's, tensors
+                # would get no data, but what their memory happens to hold.
+                if archive.testzip() or any(part.external_attr for part in archive.infolist()):
+                    raise zipfile.BadZipFile
+            file.seek(0)
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:    # torch.load raises whatever its readers raise
+            if OUT_OF_MEMORY.search(repr(error)):
+                raise
+            raise OSError(f"{path} is not {kind}, or is damaged") from None
+    if not finite(loaded):
+        raise OSError(f"{path} holds numbers that are not finite")
+    return loaded
+
+
+def finite(tree) -> bool:
+    """Are all numbers finite in the tensors of nested dicts and lists?"""
+    if isinstance(tree, torch.Tensor):
+        return bool(tree.isfinite().all())
+    branches = tree.values() if isinstance(tree, dict) else tree
+    return not isinstance(tree, (dict, list)) or all(map(finite, branches))
+
+
 def read_checkpoint(path: Path) -> dict:
     """Reads what train.py saved, onto the CPU. Raises OSError where path holds nothing like it."""
+    kind = "a checkpoint of train.py"
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt = load_verified(path, kind)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} does not exist: train.py writes it at its first sample grid") from None
-    except Exception:    # torch.load raises whatever its readers raise
-        ckpt = None
-    if not isinstance(ckpt, dict) or not {"config", "ema", "args"} <= ckpt.keys():
-        raise OSError(f"{path} is not a checkpoint of train.py, or is damaged")
+    if not isinstance(ckpt, dict) or not isinstance(ckpt.get("args"), dict):
+        raise OSError(f"{path} is not {kind}")
+    if missing := CHECKPOINT - ckpt.keys():
+        raise OSError(f"{path} is not {kind}, or of another version: it lacks {min(missing)}")
     return ckpt
 
 
@@ -79,6 +178,35 @@ def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
 
     write_whole(path, rewrite)
     return csv.DictWriter(path.open("a", newline="", buffering=1), columns)
+
+
+def read_newest(path: Path, previous: Path) -> tuple:
+    """-> the checkpoint at path, and True; where that is missing or damaged, the one at previous,
+    and False: then the next save must not `keep` path, or the good one is overwritten."""
+    try:
+        return read_checkpoint(path), True
+    except OSError as error:
+        if not previous.exists():
+            raise
+        say(f"{error}; the checkpoint before it, {previous}, is used instead")
+    return read_checkpoint(previous), False
+
+
+def lock_folder(folder: Path):
+    """Makes a folder, and keeps other runs out -> a file, which must stay open until this run ends.
+    Raises ValueError where another run uses the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for part in folder.glob("ckpt*.tmp"):    # of a run that was killed while it saved
+            part.unlink()
+    except BlockingIOError:
+        raise ValueError(f"another run uses {folder}: wait, or name another folder") from None
+    except (ImportError, OSError):    # Windows and some network file systems: all may use it
+        pass
+    return file
 
 
 # -----------------------------------------------------------------------------
@@ -194,7 +322,7 @@ def compiled(function, trial):
     except Exception as error:    # torch.compile raises whatever its parts raise
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        print(f"not compiled, because torch.compile fails here: {reason}", flush=True)
+        say(f"not compiled, because torch.compile fails here: {reason}")
         return function
     return fast
 
@@ -216,15 +344,22 @@ def argument_type(parse, accepts, error: str):
     return convert
 
 
-positive = argument_type(int, lambda n: n >= 1, "{} is not a positive whole number")
-count = argument_type(int, lambda n: n >= 0, "{} is not a whole number, 0 or more")
+def ratio(text: str) -> float:
+    """"1/11" -> 1 / 11. Unlike Fraction, it does not compute all the digits of 1e10000000."""
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / float(denominator or 1)
+
+
+positive = argument_type(int, lambda n: 1 <= n < 2 ** 31,
+                         "{} is not a positive whole number, or is too large")
+count = argument_type(int, lambda n: 0 <= n < 2 ** 31,
+                      "{} is not a whole number, 0 or more, or is too large")
 seed = argument_type(int, lambda n: abs(n) < 2 ** 63,
                      "{} does not fit in 64 bits as a whole number")
-fraction = argument_type(lambda text: float(Fraction(text)), lambda x: 0 < x < 1,
+fraction = argument_type(ratio, lambda x: 0 < x < 1,
                          "'{}' is not a number between 0 and 1, such as 0.5 or 1/11")
 positive_float = argument_type(float, lambda x: 0 < x < math.inf, "{} is not a positive number")
 positive_or_inf = argument_type(float, lambda x: x > 0, "{} is not a positive number, or inf")
 decay = argument_type(float, lambda x: 0 <= x < 1, "{} is not a number from 0 to below 1")
-step_or_share = argument_type(lambda text: float(Fraction(text)),
-                              lambda x: x >= 0 and (x < 1 or x == int(x)),
+step_or_share = argument_type(ratio, lambda x: 0 <= x < 2 ** 31 and (x < 1 or x == int(x)),
                               "{} is neither a step nor a share of the steps, such as 1/2")

@@ -23,7 +23,8 @@ from pretrained import load_checkpoint, save_pretrained
 def sampling_flags(parser: argparse.ArgumentParser, n: int):
     """Adds the flags that draw reads. n: the default number of images."""
     parser.add_argument("--n", type=runtime.positive, default=n, help=f"images (default: {n})")
-    parser.add_argument("--steps", type=int, default=20, help="network calls (default: 20)")
+    parser.add_argument("--steps", type=runtime.positive, default=20,
+                        help="network calls (default: 20)")
     parser.add_argument("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"],
                         help="ddpm needs 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
     parser.add_argument("--seed", type=runtime.seed, default=0, help="of all noise (default: 0)")

@@ -142,7 +142,9 @@ def test_a_judge_is_trained_kept_and_trained_again_where_needed(tmp_path, monkey
     assert len(calls) == 2
     load_judge(toys, True, cache, CPU)    # another way to train
     assert len(calls) == 3
-    cache.write_bytes(cache.read_bytes()[:100])
+    raw = bytearray(cache.read_bytes())
+    raw[len(raw) // 2] ^= 64    # in a weight
+    cache.write_bytes(raw)
     load_judge(toys, True, cache, CPU)
     assert len(calls) == 4
     load_judge(toys, True, tmp_path / "nowhere" / "classifier.pt", CPU)    # cannot be kept there
@@ -247,13 +249,16 @@ def test_images_that_cannot_be_judged(mnist, tmp_path):
     write(mnist.test[:1], tmp_path / "pngs" / "one")
     refused(1, "one holds 1 PNGs: FID needs at least two", "evaluate.py", "--images",
             tmp_path / "pngs" / "one", "--out_dir", tmp_path)
-    assert not (tmp_path / "evaluation.png").exists()
+    (tmp_path / "evaluation.png").mkdir()    # none was written yet, and now none can be
     for i in range(2):    # 128, in 16 bits
         Image.fromarray(np.full((28, 28), 32896, np.uint16)).save(tmp_path / "pngs" / f"{i}.png")
     assert (evaluate.read_images(tmp_path / "pngs", 1, 28) == 128).all()
+    result = run(*flags, check=False)    # first, the figures are printed
+    assert json.loads(result.stdout.splitlines()[-1])["n"] == 2
+    assert "evaluation.png cannot be written: Is a directory" in result.stderr
 
 
-def test_bad_command_lines(small_run, tmp_path):
+def test_bad_command_lines(small_run, tmp_path, monkeypatch):
     ckpt = small_run[0] / "ckpt.pt"
     refused(2, "one of the arguments --ckpt --images --export_real is required", "evaluate.py")
     refused(2, "not allowed with", "evaluate.py", "--ckpt", ckpt, "--images", tmp_path)
@@ -262,3 +267,5 @@ def test_bad_command_lines(small_run, tmp_path):
     refused(2, "--n: 0 is not a positive", "evaluate.py", "--ckpt", ckpt, "--n", 0)
     refused(2, "FID needs at least two images", "evaluate.py", "--ckpt", ckpt, "--n", 1)
     refused(1, "does not exist", "evaluate.py", "--ckpt", tmp_path / "ckpt.pt")
+    monkeypatch.setattr(data, "load", lambda *_: toy(several=False))
+    refused(2, "draws other images than --image_size", "evaluate.py", "--ckpt", ckpt)

@@ -118,9 +118,13 @@ def test_read_scores_refuses_what_is_none_and_other_images(scores, digits, tmp_p
         read_scores(scores[0], mnist, u.flip(0), s, 0.5)
     with pytest.raises(ValueError, match="is for other images"):
         read_scores(scores[0], mnist, u, s.flip(0), 0.5)
-    torch.save({**torch.load(scores[0]), "images": ""}, bad)
-    with pytest.raises(ValueError, match="is for other images"):
-        read_scores(bad, mnist, u, s, 0.5)
+    saved = torch.load(scores[0])
+    for damage, error, words in [({"images": ""}, ValueError, "is for other images"),
+                                 ({"z_u": saved["z_s"]}, OSError, "is not what pu_filter.py wr"),
+                                 ({"z_s": saved["z_s"] / 0}, OSError, "bad.pt holds numbers that")]:
+        torch.save(saved | damage, bad)
+        with pytest.raises(error, match=words):
+            read_scores(bad, mnist, u, s, 0.5)
 
 
 def test_bad_command_lines(scores, tmp_path):
