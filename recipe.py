@@ -15,7 +15,8 @@ from runtime import (
     positive,
     positive_float,
     positive_or_inf,
-    read_checkpoint,
+    read_newest,
+    say,
     step_or_share,
 )
 from unet import PRESETS
@@ -95,23 +96,27 @@ def train_flags(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple:
-    """-> the flags, and the checkpoint to resume from, or None.
-    Raises ValueError for flags that contradict each other, or the run that is resumed."""
+    """-> the flags, and the checkpoint to resume from, or None: the last one in --out_dir, or where
+    that is damaged the one before. Raises OSError where both are, ValueError for flags that
+    contradict each other, or the run that is resumed."""
     args = parser.parse_args()
     if args.out_dir is None:
         kind = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
         words = [args.dataset, args.algorithm, f"{args.prior:.4g}", *kind]
         args.out_dir = Path("out", "-".join(words))
-    path = args.out_dir / "ckpt.pt"
+    paths = [args.out_dir / name for name in ["ckpt.pt", "ckpt_prev.pt"]]
+    exists = any(path.exists() for path in paths)
     ckpt = None
-    if args.resume:
-        ckpt = read_checkpoint(path)
+    if args.resume and exists:
+        ckpt = read_newest(*paths)
         parser.set_defaults(**ckpt["args"])    # the run's own flags, unless given again
         args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
         for name, value in ckpt["args"].items():
             if name not in MAY_CHANGE and str(getattr(args, name)) != str(value):
                 raise ValueError(f"--{name} cannot change on --resume: the run has {value}")
-    elif path.exists():
+    elif args.resume:
+        say(f"{paths[0]} does not exist yet: a new run begins")
+    elif exists:
         raise ValueError(f"--out_dir {args.out_dir} already holds a run: add --resume to go on "
                          f"with it, or name another folder")
     if args.keep and not args.scores:

@@ -24,13 +24,15 @@ OUT_OF_MEMORY = re.compile("MemoryError|out of memory|can't allocate memory")   
 
 
 @contextmanager
-def exit_status(parser: argparse.ArgumentParser):
+def exit_status(parser: argparse.ArgumentParser, wishes: bool = True):
     """Ends the script with one sentence instead of a traceback: with exit status 2 for ValueError
     (a wish that cannot be granted), with 1 for OSError (a bad file or machine), too little memory,
-    and Ctrl-C."""
+    and Ctrl-C. wishes: False where all wishes are known, and a ValueError is a bug."""
     try:
         yield
     except ValueError as error:
+        if not wishes:
+            raise
         parser.error(str(error))
     except OSError as error:
         sys.exit(f"{parser.prog}: error: {error}")
@@ -180,16 +182,19 @@ def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
     return csv.DictWriter(path.open("a", newline="", buffering=1), columns)
 
 
-def read_newest(path: Path, previous: Path) -> tuple:
-    """-> the checkpoint at path, and True; where that is missing or damaged, the one at previous,
-    and False: then the next save must not `keep` path, or the good one is overwritten."""
+def read_newest(path: Path, previous: Path) -> dict:
+    """-> the checkpoint at path; where that is missing or damaged, the one before it, and says so.
+    Raises OSError where there is neither."""
     try:
-        return read_checkpoint(path), True
+        return read_checkpoint(path)
     except OSError as error:
         if not previous.exists():
             raise
         say(f"{error}; the checkpoint before it, {previous}, is used instead")
-    return read_checkpoint(previous), False
+    ckpt = read_checkpoint(previous)
+    if path.exists():    # the next save would keep it in the place of the good one
+        path.rename(path.with_name("ckpt_damaged.pt"))
+    return ckpt
 
 
 def lock_folder(folder: Path):

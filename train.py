@@ -15,7 +15,6 @@ The flags, and their defaults, are in recipe.py.
 """
 import copy
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -40,16 +39,19 @@ from pu_loss import (
 )
 from recipe import MAX_PASSES, averaging, fill_in, first_pu_step, learning_rate, parse, train_flags
 from runtime import (
+    Stop,
     compiled,
     default_dtype,
     exit_status,
     find_device,
     first_rank_first,
+    lock_folder,
     open_log,
     random_state,
     ranks,
+    save_whole,
+    say,
     set_random_state,
-    write_whole,
 )
 from unet import UNet, UNetConfig, check, preset
 
@@ -256,6 +258,26 @@ def accumulate_gradients(batch, n_u, n_s, negative=None):
             means[name] = means.get(name, 0) + value.detach() / args.grad_accum
     return means
 
+def take_step(batch, n_u, n_s):
+    """Updates the weights and their moving average -> {name: mean over the batch} for the log"""
+    guess = None
+    if args.grad_accum > 1:    # positive; where the whole batch disagrees, the step is done again
+        guess = torch.zeros((), dtype=torch.bool, device=device)
+    means = accumulate_gradients(batch, n_u, n_s, guess)
+    if guess is not None and "difference" in means and args.correction != "none":
+        if over_ranks(means["difference"]) < 0:
+            optimizer.zero_grad()
+            means = accumulate_gradients(batch, n_u, n_s, ~guess)
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        old = averaging(args, step, pu_start)
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - old)
+    return means
+
 # -----------------------------------------------------------------------------
 # what a run leaves behind, and how it goes on
 
@@ -276,16 +298,12 @@ columns = ["step", "risk", "loss_u", "loss_s", "difference", "corrected", "lr",
            "images_per_second", "seconds",
            *(f"loss_{of}_{t}_t" for of in "us" for t in ["low", "middle", "high"])]
 
-def where_it_stands():
-    if ckpt_path.exists():
-        return f"--resume goes on from {ckpt_path}"
-    return "no checkpoint was written yet"
-
 def check_finite():
     """So that no checkpoint is overwritten with a broken one."""
     if not sums["risk"].isfinite() or not all(p.isfinite().all() for p in ema.parameters()):
+        there = ckpt_path if ckpt_path.exists() else "no checkpoint: none was written yet"
         sys.exit(f"train.py: error: the risk or the weights are no longer finite at step {step}: "
-                 f"try a lower --lr ({where_it_stands()})")
+                 f"try a lower --lr (--resume goes on from {there})")
 
 def save_checkpoint():
     plain_args = {name: str(value) if isinstance(value, Path) else value
@@ -294,7 +312,7 @@ def save_checkpoint():
     state |= dict(config=asdict(config), args=plain_args, loss_prior=loss_prior, pu_start=pu_start,
                   typical=typical, counts=counts, step=step, sums=sums, counted=counted,
                   rng=random_state(device), seconds=seconds + time.time() - start)
-    write_whole(ckpt_path, lambda part: torch.save(state, part))
+    save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
 
 def save_samples(path):
     generator = torch.Generator(device).manual_seed(args.seed)    # training's is left alone
@@ -302,122 +320,118 @@ def save_samples(path):
         samples = diffusion.sample(ema, (64, channels, size, size), generator=generator)
     save_grid(to_uint8(samples), path)
 
+def stopping():
+    """The number of a signal to stop, or 0. All ranks stop at the same step."""
+    if world == 1:
+        return stop.signal or 0
+    number = torch.tensor(stop.signal or 0, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
 with exit_status(parser):
     if rank == 0:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(args.out_dir)
         log = open_log(log_path, columns, step)
-
-signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted at step {step}; "
-                                                 f"{where_it_stands()}"))
+stop = Stop()
 
 # -----------------------------------------------------------------------------
 # what is about to happen
 
 knows_u = args.limit < torch.inf and (pu_start > 0 or args.init_from)    # when the PU risk begins
-print(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
-      f"({args.sensitive or 'your estimate'}); S has {n_labeled:,}")
+say(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
+    f"({args.sensitive or 'your estimate'}); S has {n_labeled:,}")
 if args.scores:
-    print(f"{args.scores}: of these, the {len(u):,} of U that score lowest, a fraction of "
-          f"{args.keep:.4g}, and the {len(s):,} of S that score no higher")
+    say(f"{args.scores}: of these, the {len(u):,} of U that score lowest, a fraction of "
+        f"{args.keep:.4g}, and the {len(s):,} of S that score no higher")
 if args.algorithm == "oracle":
-    print(f"the oracle is shown the {len(u):,} normal images of U, by labels that nobody has")
+    say(f"the oracle is shown the {len(u):,} normal images of U, by labels that nobody has")
 if pu_start:
-    print(f"steps 1 to {pu_start} minimise the ordinary diffusion loss, E_U[l], on "
-          f"{args.batch_size} images of U a step")
-formula = in_words(args.algorithm, loss_prior, share_s, args.correction)
-print(f"steps {pu_start + 1} to {args.max_steps} minimise {formula}, on {n_u} images of U and "
-      f"{n_s} of S a step")
+    say(f"steps 1 to {pu_start} minimise the ordinary diffusion loss, E_U[l], on "
+        f"{args.batch_size} images of U a step")
+say(f"steps {pu_start + 1} to {args.max_steps} minimise "
+    f"{in_words(args.algorithm, loss_prior, share_s, args.correction)}, on {n_u} images of U and "
+    f"{n_s} of S a step")
 if args.algorithm == "pu" and knows_u:
-    print(f"in the PU risk, l counts up to {args.limit:g} times what U costs at the same timestep")
+    say(f"in the PU risk, l counts up to {args.limit:g} times what U costs at the same timestep")
 passes = (args.max_steps - pu_start) * n_s / max(1, len(s))
 if passes > MAX_PASSES:
-    print(f"S is small: its images come {passes:.0f} times each, and are learned by heart. Raise "
-          f"--pu_start if the samples suffer, or sort U by pu_filter.py and use --scores")
+    say(f"S is small: its images come {passes:.0f} times each, and are learned by heart. Raise "
+        f"--pu_start if the samples suffer, or sort U by pu_filter.py and use --scores")
 if micro_batches > 1:
-    print(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
-print(f"{args.model or args.init_from} U-Net of "
-      f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
-      f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "
-      f"from step {step}; results in {args.out_dir}", flush=True)
+    say(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
+say(f"{args.model or args.init_from} U-Net of "
+    f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
+    f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "
+    f"from step {step}; results in {args.out_dir}")
 
 # -----------------------------------------------------------------------------
 # the loop
 
-while step < args.max_steps:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(args, step, pu_start)
-    composition = (n_u, n_s)
-    if step < pu_start:
-        composition = (args.batch_size, 0)
-    elif args.algorithm == "pu" and knows_u and typical is None:
-        typical = typical_losses()
-    batch = draw_batch(*composition)
+with exit_status(parser, wishes=False):
+    while step < args.max_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, pu_start)
+        composition = (n_u, n_s)
+        if step < pu_start:
+            composition = (args.batch_size, 0)
+        elif args.algorithm == "pu" and knows_u and typical is None:
+            typical = typical_losses()
+        means = take_step(draw_batch(*composition), *composition)
+        for name, value in means.items():
+            sums[name] = sums.get(name, 0) + value
+        counted += 1
+        step += 1
 
-    guess = None
-    if args.grad_accum > 1:    # positive; where the whole batch disagrees, the step is done again
-        guess = torch.zeros((), dtype=torch.bool, device=device)
-    means = accumulate_gradients(batch, *composition, guess)
-    if guess is not None and "difference" in means and args.correction != "none":
-        if over_ranks(means["difference"]) < 0:
-            optimizer.zero_grad()
-            means = accumulate_gradients(batch, *composition, ~guess)
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        old = averaging(args, step, pu_start)
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - old)
-    for name, value in means.items():
-        sums[name] = sums.get(name, 0) + value
-    counted += 1
-    step += 1
-
-    last = step in (pu_start, args.max_steps)    # of one part
-    log_is_due = last or step % args.log_interval == 0
-    save_is_due = last or step % args.sample_interval == 0
-    if log_is_due or save_is_due:
-        sums = {name: over_ranks(value) for name, value in sums.items()}
-        check_finite()
-    if log_is_due:
-        row = {name: float(value / counted) for name, value in sums.items()}
-        speed = counted * args.batch_size / (time.time() - mark)
-        elapsed = time.time() - start
-        left = elapsed / (step - first_step) * (args.max_steps - step)
-        of_s = f"l_S {row['loss_s']:.3f}  " if "loss_s" in row else ""
-        print(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  l_U {row['loss_u']:.3f}  "
-              f"{of_s}lr {group['lr']:.2e}  {speed:.0f} images/s  "
-              f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-        if rank == 0:
-            log.writerow(row | dict(step=step, lr=group["lr"], images_per_second=round(speed, 1),
-                                    seconds=round(seconds + elapsed, 1)))
-        sums, counted, mark = {}, 0, time.time()
-    if save_is_due:
-        pause = time.time()
-        samples_path = args.out_dir / f"samples_{step:06d}.png"
-        if rank == 0:
-            save_checkpoint()
-            save_samples(samples_path)
-        mark += time.time() - pause
-    if step == pu_start:
-        print(f"step {step}: U is learned. From here on the PU risk subtracts S; "
-              f"{samples_path} is what the network would have drawn", flush=True)
+        last = step in (pu_start, args.max_steps)    # of one part
+        log_is_due = last or step % args.log_interval == 0
+        save_is_due = last or step % args.sample_interval == 0
+        number = stopping()
+        if log_is_due or save_is_due or number:
+            sums = {name: over_ranks(value) for name, value in sums.items()}
+            check_finite()
+        if log_is_due:
+            row = {name: float(value / counted) for name, value in sums.items()}
+            speed = counted * args.batch_size / (time.time() - mark)
+            elapsed = time.time() - start
+            left = elapsed / (step - first_step) * (args.max_steps - step)
+            of_s = f"l_S {row['loss_s']:.3f}  " if "loss_s" in row else ""
+            say(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  l_U {row['loss_u']:.3f}  "
+                f"{of_s}lr {group['lr']:.2e}  {speed:.0f} images/s  "
+                f"{left // 60:.0f}:{left % 60:02.0f} left")
+            if rank == 0:
+                row |= dict(step=step, lr=group["lr"], images_per_second=round(speed, 1))
+                log.writerow(row | dict(seconds=round(seconds + elapsed, 1)))
+            sums, counted, mark = {}, 0, time.time()
+        if save_is_due or number:
+            pause = time.time()
+            if rank == 0:
+                save_checkpoint()
+            if number:
+                say(f"interrupted: step {step} is saved, --resume goes on from there")
+                sys.exit(128 + number)
+            samples_path = args.out_dir / f"samples_{step:06d}.png"
+            if rank == 0:
+                save_samples(samples_path)
+            mark += time.time() - pause
+        if step == pu_start:
+            say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
+                f"{samples_path} is what the network would have drawn")
 
 # -----------------------------------------------------------------------------
 # where everything is
 
 if step == first_step:
-    print(f"{ckpt_path} is at step {step}: nothing was left to do; --max_steps goes further")
+    say(f"{ckpt_path} is at step {step}: nothing was left to do; --max_steps goes further")
     sys.exit()
-print(f"trained for {(time.time() - start) / 60:.1f} minutes; the checkpoint is {ckpt_path}, the "
-      f"log {log_path}, the last samples {samples_path}")
+say(f"trained for {(time.time() - start) / 60:.1f} minutes; the checkpoint is {ckpt_path}, the "
+    f"log {log_path}, the last samples {samples_path}")
 before_path = args.out_dir / f"samples_{pu_start:06d}.png"
-if rank == 0 and pu_start and before_path.exists():
-    join_pngs([before_path, samples_path], args.out_dir / "before_after.png")
-    print(f"{args.out_dir / 'before_after.png'}: what it would have drawn, and what it draws now")
-print(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
+with exit_status(parser, wishes=False):
+    if rank == 0 and pu_start and before_path.exists():
+        join_pngs([before_path, samples_path], args.out_dir / "before_after.png")
+        say(f"{args.out_dir / 'before_after.png'}: what it would have drawn, and what it draws now")
+say(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
 if args.dataset != "folder":
-    print(f"to judge it: python evaluate.py --ckpt {ckpt_path}")
+    say(f"to judge it: python evaluate.py --ckpt {ckpt_path}")
 if world > 1:
     dist.destroy_process_group()

@@ -150,9 +150,10 @@ def test_read_checkpoint_refuses_what_is_none(tmp_path, capsys):
             runtime.read_checkpoint(tmp_path / "bad.pt")
     torch.save(whole, tmp_path / "good.pt")
     for path in ["bad.pt", "none.pt"]:
-        assert runtime.read_newest(tmp_path / path, tmp_path / "good.pt") == (whole, False)
+        assert runtime.read_newest(tmp_path / path, tmp_path / "good.pt") == whole
         assert f"{path} " in capsys.readouterr().out
-    assert runtime.read_newest(tmp_path / "good.pt", tmp_path / "none.pt") == (whole, True)
+    assert (tmp_path / "ckpt_damaged.pt").exists()    # nothing is lost
+    assert runtime.read_newest(tmp_path / "good.pt", tmp_path / "none.pt") == whole
 
 
 # -----------------------------------------------------------------------------
