@@ -25,7 +25,8 @@ def run(script, *flags, check=True, cwd=None):
 
     check: the script must succeed. Returns its CompletedProcess, with stdout and stderr as text.
     An exception that the script does not catch fails the test."""
-    argv, folder, handler = sys.argv, os.getcwd(), signal.getsignal(signal.SIGINT)
+    argv, folder = sys.argv, os.getcwd()
+    handlers = {number: signal.getsignal(number) for number in [signal.SIGINT, signal.SIGTERM]}
     out, err, status = io.StringIO(), io.StringIO(), 0
     try:
         sys.argv = [script, *map(str, flags)]
@@ -38,7 +39,8 @@ def run(script, *flags, check=True, cwd=None):
     finally:
         sys.argv = argv
         os.chdir(folder)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     result = subprocess.CompletedProcess(command(script, *flags), status,
                                          out.getvalue(), err.getvalue())
     assert not check or status == 0, result.stderr
@@ -107,7 +109,7 @@ def overhear(monkeypatch, *flags):
     """Runs train.py in this process. Returns the x_0, t and eps of each call of per_image_loss."""
     shown = []
     per_image_loss = diffusion.GaussianDiffusion.per_image_loss
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in [signal.SIGINT, signal.SIGTERM]}
 
     def listening(self, model, *args):
         shown.append([x.clone() for x in args])
@@ -117,7 +119,8 @@ def overhear(monkeypatch, *flags):
         patch.setattr(diffusion.GaussianDiffusion, "per_image_loss", listening)
         patch.setattr("sys.argv", ["train.py", *map(str, [*SMALL, *flags])])
         runpy.run_path(str(ROOT / "train.py"))
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return shown
 
 

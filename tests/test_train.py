@@ -30,7 +30,7 @@ def read_log(folder):
 def test_a_small_run_learns_and_leaves_everything_behind(small_run):
     folder, printed = small_run
     assert sorted(path.name for path in folder.iterdir()) == [
-        "before_after.png", "ckpt.pt", "log.csv",
+        ".lock", "before_after.png", "ckpt.pt", "ckpt_prev.pt", "log.csv",
         "samples_000015.png", "samples_000020.png", "samples_000030.png"]
     log = read_log(folder)
     assert [row["step"] for row in log] == [10, 15, 20, 30]
@@ -238,26 +238,33 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtype):
-    """Ctrl-C comes after the checkpoint of step 15, which lies between two log lines and before
-    the PU risk begins at step 18."""
+@pytest.mark.parametrize("dtype, number", [
+    ("float32", signal.SIGTERM), ("bfloat16", signal.SIGINT), ("float32", signal.SIGKILL)])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtype, number):
+    """The signal comes after the checkpoint of step 15, which lies between two log lines and before
+    the PU risk begins at step 18. What can be caught saves another checkpoint."""
     flags = [*SMALL, "--dtype", dtype, "--pu_start", "0.6", "--limit", 2, "--max_steps", 30,
              "--log_interval", 12, "--sample_interval", 15]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run("train.py", *flags, "--out_dir", whole)
 
     process = subprocess.Popen(command("train.py", *flags, "--out_dir", broken),
-                               stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (broken / "samples_000015.png").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate()[1]
-    assert process.returncode == 1 and "interrupted at step" in error and "Traceback" not in error
-    assert torch.load(broken / "ckpt.pt")["step"] == 15
+    process.send_signal(number)
+    printed, error = process.communicate()
+    assert error == ""
+    step = torch.load(broken / "ckpt.pt")["step"]
+    if number == signal.SIGKILL:
+        assert step == 15
+    else:
+        assert process.returncode == 128 + number
+        assert f"interrupted: step {step} is saved" in printed.splitlines()[-1]
+        assert 15 < step < 30
     resumed = run("train.py", "--out_dir", broken, "--resume")
-    assert "from step 15;" in resumed.stdout and "step 18: U is learned" in resumed.stdout
+    assert f"from step {step};" in resumed.stdout
 
     a, b = (torch.load(folder / "ckpt.pt") for folder in (whole, broken))
     for key in ["model", "ema", "optimizer", "scaler", "config", "step", "rng"]:
@@ -459,8 +466,55 @@ def test_a_run_is_neither_overwritten_nor_changed(small_run):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_where_the_last_checkpoint_is_damaged_the_one_before_is_used(small_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small_run[0], folder)
+    damaged = bytearray((folder / "ckpt.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "ckpt.pt").write_bytes(damaged)
+    printed = run("train.py", "--out_dir", folder, "--resume").stdout
+    assert "ckpt_prev.pt, is used instead" in printed and "from step 20;" in printed
+    assert (folder / "ckpt_damaged.pt").read_bytes() == damaged
+    a, b = (torch.load(path / "ckpt.pt") for path in (folder, small_run[0]))
+    assert same(a["ema"], b["ema"]) and a["step"] == 30
+    assert torch.load(folder / "ckpt_prev.pt")["step"] == 20
+
+
+def test_a_folder_is_for_one_run(tmp_path):
+    """Also before its first checkpoint."""
+    flags = [*SMALL, "--max_steps", 100000, "--out_dir", tmp_path / "run"]
+    first = subprocess.Popen(command("train.py", *flags), stdout=subprocess.PIPE, text=True)
+    while "from step 0;" not in first.stdout.readline():
+        assert first.poll() is None
+    log = (tmp_path / "run" / "log.csv").read_bytes()
+    refused(2, f"another run uses {tmp_path / 'run'}", "train.py", *flags)
+    assert (tmp_path / "run" / "log.csv").read_bytes() == log
+    first.kill()
+    first.communicate()
+
+
+def test_nobody_has_to_read_what_a_run_prints(tmp_path):
+    flags = [*SMALL, "--max_steps", 3, "--log_interval", 1, "--out_dir", tmp_path / "run"]
+    process = subprocess.Popen(command("train.py", *flags), stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_damaged_log_loses_no_whole_row(small_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(small_run[0], folder)
+    whole = (folder / "log.csv").read_bytes()
+    (folder / "log.csv").write_bytes(whole + b"4\xff,2\n40,1.5,3")
+    run("train.py", "--out_dir", folder, "--resume")
+    assert (folder / "log.csv").read_bytes() == whole
+
+
 def test_resuming_from_nothing_or_from_garbage(tmp_path):
-    refused(1, "ckpt.pt does not exist", "train.py", "--out_dir", tmp_path, "--resume")
+    printed = run("train.py", *SMALL, "--max_steps", 1, "--out_dir", tmp_path / "new", "--resume")
+    assert "ckpt.pt does not exist yet: a new run begins" in printed.stdout
+    assert torch.load(tmp_path / "new" / "ckpt.pt")["step"] == 1
     (tmp_path / "ckpt.pt").write_text("garbage")
     refused(1, "ckpt.pt is not a checkpoint of train.py",
             "train.py", "--out_dir", tmp_path, "--resume")
