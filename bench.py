@@ -27,7 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion import GaussianDiffusion
 from images import to_float
 from pretrained import describe
-from pu_loss import batch_composition, pu_loss
+from pu_loss import pu_loss
+from recipe import batch_composition
 from runtime import compiled, default_dtype, device_flags, exit_status, find_device, positive, ranks
 from unet import PRESETS, UNet, preset
 

@@ -49,7 +49,7 @@ DATASETS = {
         model="paper", batch_size=32, hflip=True),
     "celeba": dict(    # an image has several of these classes
         classes=CELEBA_ATTRIBUTES + [f"not_{name}" for name in CELEBA_ATTRIBUTES],
-        groups={"female": [60]},    # not male
+        groups={"female": [len(CELEBA_ATTRIBUTES) + CELEBA_ATTRIBUTES.index("male")]},
         sensitive="female", n_normal=2000, n_labeled=200,
         model="paper", batch_size=16, hflip=True, image_size=256, channels=3),
     "folder": dict(    # your own images, split already
@@ -225,7 +225,7 @@ def main():
             names = ", ".join(defaults["classes"][i] for i in classes)
             n_hidden = int(has_class(data.train_labels[u], classes).sum())
             print(f"sensitive: {names}; in U: {n_hidden:,}, which is {n_hidden / len(u):.4g} of it")
-        torch.manual_seed(0)
+        torch.manual_seed(args.seed)
         some = [index[torch.randperm(len(index))[:64]] for index in (u, s)]
         save_grids([data.train[index] for index in some], args.preview)
         print(f"{args.preview}: U on the left, S on the right")

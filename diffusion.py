@@ -17,14 +17,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # and the default eta of each
+SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # default eta: the share of fresh noise
 
 
 def betas(schedule: str, T: int) -> torch.Tensor:
     """The variance of the noise that each timestep adds -> [T] in (0, 1), float64.
     "linear": from 1e-4 to 0.02 (DDPM, section 4). "cosine": alpha_bar is the square of a cosine
-    (Nichol & Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2), noisier than EDM's N(1, 2.4^2)
-    (table 1). Raises ValueError for another schedule."""
+    (Nichol & Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2); EDM has N(2.4, 2.4^2), less
+    noise (table 1). Raises ValueError for another schedule."""
     t = torch.arange(T + 1, dtype=torch.float64)
     if schedule == "linear":
         return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -90,12 +90,13 @@ class GaussianDiffusion(nn.Module):
         timestep comes twice (DPM-Solver, arXiv:2206.00927, section 3.4)."""
         if spacing == "uniform":
             return [round(self.T * (1 - i / steps)) - 1 for i in range(steps + 1)]
-        log_snr = (self.signal / self.noise).log().cpu()
-        grid = torch.linspace(log_snr[-1], log_snr[0], steps)
-        nearest = (log_snr - grid[:, None]).abs().argmin(1).tolist()
+        half_log_snr = (self.signal / self.noise).log().cpu()
+        grid = torch.linspace(half_log_snr[-1], half_log_snr[0], steps)
+        nearest = (half_log_snr - grid[:, None]).abs().argmin(1).tolist()
         timesteps = [self.T - 1]
         for i in range(1, steps):
-            timesteps.append(max(min(nearest[i], timesteps[-1] - 1), steps - 1 - i))
+            below = min(nearest[i], timesteps[-1] - 1)
+            timesteps.append(max(below, steps - 1 - i))    # one for each step that is left
         return timesteps + [-1]
 
     @torch.no_grad()
@@ -135,7 +136,7 @@ class GaussianDiffusion(nn.Module):
                 x_0 = (x - noise * output) / signal
             x_0 = x_0.clamp(-1, 1)
 
-            if sampler == "dpm++" and t_next >= 0:    # the last step is of first order
+            if sampler == "dpm++" and t_next >= 0:    # there is no noise at -1: h would be infinite
                 ratio = alpha_bar_next * (1 - alpha_bar_t) / ((1 - alpha_bar_next) * alpha_bar_t)
                 h = 0.5 * math.log(ratio)    # the step in log(signal / noise)
                 predicted = x_0

@@ -52,9 +52,9 @@ def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction
     loss_u [B_u], loss_s [B_s]: the losses of unlabeled and of labeled sensitive images
     prior: the fraction of sensitive images in U, in (0, 1)
     correction: "abs", "nn" or "none"
-    negative: bool scalar, for images that are one equal part of a larger batch: is the difference
-        negative for the whole batch? Then the mean of the parts' risks is the risk of the batch,
-        and so are the gradients. Default: decided by these images.
+    negative: bool scalar: is the difference negative? None: these images decide. For micro-batches,
+        pass the sign of the whole batch's difference; then the mean of their risks is the risk of
+        the whole batch, and so are the gradients.
     Raises ValueError for an unknown correction or a prior outside (0, 1).
     """
     if not 0 < prior < 1:
@@ -79,39 +79,6 @@ def limited(loss: torch.Tensor, t: torch.Tensor, typical: torch.Tensor, limit: f
     loss [B], t [B] in [0, T); typical [K]: mean l on U by K equal ranges of the timesteps
     """
     return loss.minimum(limit * typical[t * len(typical) // T])
-
-
-def batch_composition(algorithm: str, batch_size: int, prior: float, share_s: float) -> tuple:
-    """How many images of U and of S a step takes -> n_u, n_s.
-
-    "pu": the variance of E_U[l] - prior E_S[l] is smallest where the share of S is
-    prior / (1 + prior). Rounded up to a multiple of 8, which most numbers of ranks and
-    micro-batches divide. "supervised": S has its share_s = |S| / (|U| + |S|). Other algorithms
-    do not see S. At most half of a batch is S, for each of its images is paired with one of U.
-    Raises ValueError for a prior of 1 or more, and where the batch is too small."""
-    n_s = 0
-    if algorithm == "pu":
-        if prior >= 1:
-            raise ValueError(f"--scores leave a prior of {prior:.3g}: they, or --prior, are wrong")
-        n_s = 8 * math.ceil(prior / (1 + prior) * batch_size / 8)
-    elif algorithm == "supervised":
-        n_s = max(1, round(share_s * batch_size))
-    n_s = min(n_s, batch_size // 2)
-    if n_s == 0 and algorithm in ("pu", "supervised"):
-        raise ValueError(f"--batch_size {batch_size} leaves no room for images of U and of S")
-    return batch_size - n_s, n_s
-
-
-def in_words(algorithm: str, prior: float, share_s: float, correction: str) -> str:
-    """What an algorithm minimises, as a formula. Arguments: as above, and of pu_loss."""
-    sensitive = "E_S[-log(1 - exp(-l))]"
-    if algorithm == "pu":
-        difference = f"E_U[l] - {prior:.4g} E_S[l]"
-        corrected = {"abs": f"|{difference}|", "nn": f"max(0, {difference})", "none": difference}
-        return f"the PU risk, {prior:.4g} {sensitive} + {corrected[correction]}"
-    if algorithm == "supervised":
-        return f"the supervised risk, {1 - share_s:.4g} E_U[l] + {share_s:.4g} {sensitive}"
-    return "the ordinary diffusion loss, E_U[l]"
 
 
 def supervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, share: float) -> torch.Tensor:

@@ -34,7 +34,7 @@ FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs
 MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
               "max_steps", "data_dir", "out_dir", "resume"}    # on --resume
 
-MAX_PASSES = 60    # over S
+MAX_PASSES = 60    # over S: more, and it is learned by heart
 
 
 def train_flags(description: str) -> argparse.ArgumentParser:
@@ -57,7 +57,8 @@ def train_flags(description: str) -> argparse.ArgumentParser:
     add("--correction", default="abs", choices=["abs", "nn", "none"],
         help="of a negative estimate of the normal loss (default: abs)")
     add("--limit", type=positive_or_inf,
-        help="l counts up to this multiple of what is typical of U (default: 3)")
+        help="l is capped at this multiple of its mean on U (default: 3; none where the PU risk "
+             "begins at once)")
     add("--loss_prior", type=fraction, help="a wrong prior, to study (default: --prior)")
     add("--scores", type=Path, help="of pu_filter.py: leave out what scores high")
     add("--keep", type=fraction,
@@ -96,8 +97,8 @@ def train_flags(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple:
-    """-> the flags, and the checkpoint to resume from, or None: the last one in --out_dir, or where
-    that is damaged the one before. Raises OSError where both are, ValueError for flags that
+    """-> the flags; and with --resume the newest checkpoint in --out_dir that can be read, or None
+    where there is none yet. Raises OSError where none can be read, ValueError for flags that
     contradict each other, or the run that is resumed."""
     args = parser.parse_args()
     if args.out_dir is None:
@@ -130,48 +131,81 @@ def parse(parser: argparse.ArgumentParser) -> tuple:
 
 
 def fill_in(args: argparse.Namespace, known: dict):
-    """Gives a value to the flags that have none, and to args.epochs.
-    known: what a model to start from determines; it must not contradict the flags (ValueError)."""
+    """Gives a value to the flags that have none, and sets args.epochs, passes over U or None.
+    known: what a model to start from determines. Raises ValueError where a flag contradicts it."""
     for name, value in known.items():
         if getattr(args, name) not in (None, value):
             raise ValueError(f"--{name} {getattr(args, name)} is not what {args.init_from} was "
                              f"trained with, {value}")
-    sources = ChainMap(known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
-                       DATASETS[args.dataset])
-    network = args.model or sources["model"]
-    args.epochs = None
-    for name, value in ChainMap(sources, TINY if network == "tiny" else LARGER).items():
-        if getattr(args, name, value) is None:
-            setattr(args, name, value)
+    # the first that has a value wins
+    sources = [known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
+               DATASETS[args.dataset]]
+    network = args.model or ChainMap(*sources)["model"]
+    sources = ChainMap(*sources, TINY if network == "tiny" else LARGER)
+    args.epochs = sources.get("epochs")
+    for name, value in vars(args).items():
+        if value is None:
+            setattr(args, name, sources.get(name))
     args.loss_prior = args.loss_prior or args.prior
 
 
-def first_pu_step(args: argparse.Namespace, n_unlabeled: int, passes: float) -> int:
-    """How long to train, and where the PU risk begins: sets args.max_steps where it follows from
-    epochs, passes over U -> the number of steps before the PU risk.
+# -----------------------------------------------------------------------------
+# what a step takes
 
-    passes: the passes over S that a step makes. By default the PU risk has half of the steps, or
-        as many as pass MAX_PASSES times over S; more, and S is learned by heart.
-    Raises ValueError where no step would be left for it."""
-    if args.max_steps is None:
-        args.max_steps = math.ceil(args.epochs * n_unlabeled / args.batch_size)
+def batch_composition(algorithm: str, batch_size: int, prior: float, share_s: float) -> tuple:
+    """How many images of U and of S a step takes -> n_u, n_s.
+
+    "pu": the variance of E_U[l] - prior E_S[l] is smallest where the share of S is
+    prior / (1 + prior). It is rounded up to sixteenths of the batch, which ranks and micro-batches
+    divide. "supervised": S has its share_s = |S| / (|U| + |S|). Other algorithms do not see S.
+    At most half of a batch is S, for each of its images is paired with one of U.
+    Raises ValueError for a prior of 1 or more, and where the batch is too small."""
+    n_s = 0
+    if algorithm == "pu":
+        if prior >= 1:
+            raise ValueError(f"--scores leave a prior of {prior:.3g}: they, or --prior, are wrong")
+        sixteenth = max(1, batch_size // 16)
+        n_s = sixteenth * max(1, math.ceil(prior / (1 + prior) * batch_size / sixteenth))
+    elif algorithm == "supervised":
+        n_s = max(1, round(share_s * batch_size))
+    n_s = min(n_s, batch_size // 2)
+    if n_s == 0 and algorithm in ("pu", "supervised"):
+        raise ValueError(f"--batch_size {batch_size} leaves no room for images of U and of S")
+    return batch_size - n_s, n_s
+
+
+def in_words(algorithm: str, prior: float, share_s: float, correction: str) -> str:
+    """What an algorithm minimises, as a formula. Arguments: as above, and of pu_loss."""
+    sensitive = "E_S[-log(1 - exp(-l))]"
+    if algorithm == "pu":
+        difference = f"E_U[l] - {prior:.4g} E_S[l]"
+        corrected = {"abs": f"|{difference}|", "nn": f"max(0, {difference})", "none": difference}
+        return f"the PU risk, {prior:.4g} {sensitive} + {corrected[correction]}"
+    if algorithm == "supervised":
+        return f"the supervised risk, {1 - share_s:.4g} E_U[l] + {share_s:.4g} {sensitive}"
+    return "the ordinary diffusion loss, E_U[l]"
+
+
+# -----------------------------------------------------------------------------
+# what changes with the steps
+
+def steps_before_pu(args: argparse.Namespace, s_passes_per_step: float) -> int:
+    """How many steps minimise E_U[l], before the PU risk begins. By default it has half of the
+    steps, or as many as pass MAX_PASSES times over S."""
     if args.algorithm != "pu":
         return 0
     if args.pu_start is None:
-        return args.max_steps - max(1, min(args.max_steps // 2, int(MAX_PASSES / passes)))
-    pu_start = args.pu_start
-    if pu_start < 1:    # a share
-        pu_start *= args.max_steps
-    pu_start = round(pu_start)
-    if pu_start >= args.max_steps:
-        raise ValueError(f"--pu_start {args.pu_start:g} leaves no step for the PU risk: "
-                         f"--max_steps is {args.max_steps}")
-    return pu_start
+        most = int(MAX_PASSES / s_passes_per_step)
+        return args.max_steps - max(1, min(args.max_steps // 2, most))
+    if args.pu_start < 1:    # a share
+        return round(args.pu_start * args.max_steps)
+    return int(args.pu_start)
 
 
 def learning_rate(args: argparse.Namespace, step: int, pu_start: int) -> float:
-    """Linear warm-up, constant while U is learned, then a cosine down to 0. The warm-up takes at
-    most a quarter of the run."""
+    """step in [0, max_steps) -> (0, lr]. Linear warm-up over a quarter of the run at most, constant
+    while U is learned, then a cosine down to 0. Without a first part, as for all baselines, the
+    cosine begins behind the warm-up."""
     warmup_steps = min(args.warmup_steps, args.max_steps // 4)
     warmup = min(1, (step + 1) / (warmup_steps + 1))
     start = max(pu_start, warmup_steps)    # of the cosine
@@ -180,9 +214,9 @@ def learning_rate(args: argparse.Namespace, step: int, pu_start: int) -> float:
 
 
 def averaging(args: argparse.Namespace, step: int, pu_start: int) -> float:
-    """The decay of the moving average of the weights. It soon forgets random weights, and reaches
-    back over half of its part of the run at most; otherwise a short second part, or a short
-    fine-tuning, would sample from the model that it began with."""
+    """The decay of the moving average of the weights. The average spans at most half of the current
+    part of the run; otherwise a short second part, or a short fine-tuning, would sample from the
+    model that it began with. It soon forgets random weights."""
     part = pu_start if step < pu_start else args.max_steps - pu_start
     slow = min(args.ema_decay, max(0, 1 - 2 / part))
     if args.init_from:

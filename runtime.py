@@ -24,14 +24,14 @@ OUT_OF_MEMORY = re.compile("MemoryError|out of memory|can't allocate memory")   
 
 
 @contextmanager
-def exit_status(parser: argparse.ArgumentParser, wishes: bool = True):
+def exit_status(parser: argparse.ArgumentParser, user_errors: bool = True):
     """Ends the script with one sentence instead of a traceback: with exit status 2 for ValueError
     (a wish that cannot be granted), with 1 for OSError (a bad file or machine), too little memory,
-    and Ctrl-C. wishes: False where all wishes are known, and a ValueError is a bug."""
+    and Ctrl-C. user_errors: False where a ValueError is a bug, and keeps its traceback."""
     try:
         yield
     except ValueError as error:
-        if not wishes:
+        if not user_errors:
             raise
         parser.error(str(error))
     except OSError as error:
@@ -54,27 +54,34 @@ def say(text: str):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Stop:
-    """Catches SIGTERM and Ctrl-C. `signal` is None, then its number: time to save, and to call
-    sys.exit(128 + stop.signal). A second one exits at once, but not within a second of the first:
-    where a scheduler signals all processes, torchrun does so once more."""
-    signal = None
+class SignalWatch:
+    """Catches SIGTERM and Ctrl-C, so that a run can save first. A second one exits at once, but not
+    within a second of the first: where a scheduler signals all processes, torchrun does so too."""
+    number = 0    # of the signal
 
     def __init__(self):
         for number in [signal.SIGINT, signal.SIGTERM]:
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        if self.signal is None:
-            self.signal, self.start = number, time.monotonic()
+        if self.number == 0:
+            self.number, self.start = number, time.monotonic()
         elif time.monotonic() - self.start > 1:
             sys.exit(128 + number)
+
+    def received(self, device: torch.device) -> int:
+        """-> the number of the signal that any rank has caught, or 0. All ranks agree on it."""
+        if ranks()[1] == 1:
+            return self.number
+        number = torch.tensor(self.number, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
 
 
 # -----------------------------------------------------------------------------
 # files
 
-CHECKPOINT = set("args config counted counts ema loss_prior model optimizer pu_start rng scaler "
+CHECKPOINT = set("args config counts ema loss_prior model n_summed optimizer pu_start rng scaler "
                  "seconds step sums typical".split())    # what train.py saves
 
 
@@ -192,7 +199,7 @@ def read_newest(path: Path, previous: Path) -> dict:
             raise
         say(f"{error}; the checkpoint before it, {previous}, is used instead")
     ckpt = read_checkpoint(previous)
-    if path.exists():    # the next save would keep it in the place of the good one
+    with suppress(FileNotFoundError):    # the next save would keep it in the place of the good one
         path.rename(path.with_name("ckpt_damaged.pt"))
     return ckpt
 
@@ -250,6 +257,13 @@ def ranks() -> tuple:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    _, world = ranks()
+    if world > 1:
+        dist.all_reduce(x := x.clone())
+    return x / world
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import runtime
+from diffusion import SAMPLERS
 from images import empty_png_folder, save_grid, save_png, to_uint8
 from pretrained import load_checkpoint, save_pretrained
 
@@ -25,7 +26,7 @@ def sampling_flags(parser: argparse.ArgumentParser, n: int):
     parser.add_argument("--n", type=runtime.positive, default=n, help=f"images (default: {n})")
     parser.add_argument("--steps", type=runtime.positive, default=20,
                         help="network calls (default: 20)")
-    parser.add_argument("--sampler", default="dpm++", choices=["ddpm", "ddim", "dpm++"],
+    parser.add_argument("--sampler", default="dpm++", choices=SAMPLERS,
                         help="ddpm needs 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
     parser.add_argument("--seed", type=runtime.seed, default=0, help="of all noise (default: 0)")
     parser.add_argument("--batch_size", type=runtime.positive, default=250, help="(default: 250)")

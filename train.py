@@ -14,6 +14,7 @@ It runs on a CPU or a GPU. Everything lands in --out_dir: ckpt.pt, log.csv and g
 The flags, and their defaults, are in recipe.py.
 """
 import copy
+import math
 import os
 import sys
 import time
@@ -29,23 +30,27 @@ from diffusion import GaussianDiffusion
 from images import join_pngs, save_grid, to_float, to_uint8
 from pretrained import load_pretrained
 from pu_filter import read_scores
-from pu_loss import (
+from pu_loss import limited, pu_loss, supervised_loss, unsupervised_loss
+from recipe import (
+    MAX_PASSES,
+    averaging,
     batch_composition,
+    fill_in,
     in_words,
-    limited,
-    pu_loss,
-    supervised_loss,
-    unsupervised_loss,
+    learning_rate,
+    parse,
+    steps_before_pu,
+    train_flags,
 )
-from recipe import MAX_PASSES, averaging, fill_in, first_pu_step, learning_rate, parse, train_flags
 from runtime import (
-    Stop,
+    SignalWatch,
     compiled,
     default_dtype,
     exit_status,
     find_device,
     first_rank_first,
     lock_folder,
+    mean_over_ranks,
     open_log,
     random_state,
     ranks,
@@ -53,7 +58,7 @@ from runtime import (
     say,
     set_random_state,
 )
-from unet import UNet, UNetConfig, check, preset
+from unet import UNet, UNetConfig, preset
 
 # -----------------------------------------------------------------------------
 # the flags, the device and its precision
@@ -85,16 +90,14 @@ with exit_status(parser):
         with first_rank_first():
             model, diffusion = load_pretrained(args.init_from, hub_dir)
         known = dict(schedule=diffusion.schedule, prediction=diffusion.prediction)
-        if "image_size" in DATASETS[args.dataset]:    # whose images are resized to what it has
+        if "image_size" in DATASETS[args.dataset]:    # its images are resized to the model's size
             known |= dict(image_size=model.config.image_size, channels=model.config.image_channels)
     fill_in(args, known)
 
 # -----------------------------------------------------------------------------
-# the data
+# the data, how many images a step takes, and how many steps
 
 with exit_status(parser):
-    if args.image_size and model is None:
-        check(preset(args.model, args.channels, args.image_size))    # before images are decoded
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
@@ -106,31 +109,35 @@ with exit_status(parser):
     if args.scores:
         args.keep = args.keep or 0.9 * (1 - loss_prior)
         u, s = read_scores(args.scores, data, u, s, args.keep)
-        loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)    # of what is kept
+        # P(sensitive | kept) by Bayes: S is kept as often as the sensitive images in U
+        loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)
     counts = [len(u), len(s)]
     if ckpt and ckpt["counts"] != counts:
         raise OSError(f"U and S had {ckpt['counts']} images when the run began, now {counts}: "
                       f"{args.scores or args.data_dir} has changed")
-    images, u, s = on_device(data.train, u, s, device)
+    images, u, s = on_device(data.train, u, s, device)    # u and s: numbers of images
     channels, size = images.shape[1:3]
 
-# -----------------------------------------------------------------------------
-# what a step takes, and from which step on
-
-with exit_status(parser):
     share_s = len(s) / (len(u) + len(s))
     n_u, n_s = batch_composition(args.algorithm, args.batch_size, loss_prior, share_s)
     if args.scores and len(s) < n_s:
         raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the {n_s} "
                          f"a step takes: they would be learned by heart. Use --algorithm "
                          f"unsupervised, or a larger --keep")
-    pu_start = ckpt["pu_start"] if ckpt else first_pu_step(args, n_unlabeled, n_s / max(1, len(s)))
     micro_batches = world * args.grad_accum    # a step, over all ranks
     for n in [n_u, n_s, args.batch_size]:
         if n % micro_batches:
             raise ValueError(f"{n} images cannot be divided evenly among {world} ranks with "
                              f"{args.grad_accum} micro-batches each: choose another --batch_size "
                              f"or --grad_accum")
+
+    if args.max_steps is None:
+        args.max_steps = math.ceil(args.epochs * n_unlabeled / args.batch_size)
+    s_passes = n_s / max(1, len(s))    # over S, a step
+    pu_start = ckpt["pu_start"] if ckpt else steps_before_pu(args, s_passes)
+    if pu_start >= args.max_steps:
+        raise ValueError(f"--pu_start {pu_start} leaves no step for the PU risk: --max_steps is "
+                         f"{args.max_steps}")
 
 # -----------------------------------------------------------------------------
 # the network, its moving average, the loss, the optimizer
@@ -143,7 +150,7 @@ with exit_status(parser):
         raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
                          f"{config.image_size} images of {config.image_channels} channels, "
                          f"{args.dataset} has {size}x{size} of {channels}")
-model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 net = model
 if world > 1:
@@ -157,7 +164,7 @@ def per_image_loss(x_0, t, eps):
     with autocast:
         return diffusion.per_image_loss(net, x_0, t, eps)
 
-eager = per_image_loss
+eager = per_image_loss    # also after compilation, for batches of another size
 if args.compile:
     x = torch.zeros(args.batch_size // micro_batches, channels, size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -166,137 +173,29 @@ if args.compile:
     optimizer.zero_grad()
 
 # -----------------------------------------------------------------------------
-# one step
+# where the run stands
 
-def over_ranks(x):
-    """-> the mean over the ranks"""
-    if world > 1:
-        dist.all_reduce(x := x.clone())
-    return x / world
-
-def draw_batch(n_u, n_s):
-    """The batch of one step, which all ranks draw alike: n_u images of U, then n_s of S
-    -> {name: [n_u + n_s, ...]}. Image i of S has the timestep and the noise of image i of U, which
-    makes the difference of their losses less noisy."""
-    index = torch.cat([rows[torch.randint(max(1, len(rows)), (n,), device=rows.device)]
-                       for rows, n in [(u, n_u), (s, n_s)]])
-    batch = dict(index=index)
-    if args.hflip:
-        batch["mirrored"] = torch.rand(n_u + n_s, 1, 1, 1, device=device) < 0.5
-    # timesteps one golden ratio apart are spread evenly, and so are the first n_s of them
-    spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)
-    t = (diffusion.T * (spread % 1)).long()
-    eps = torch.randn(n_u, channels, size, size, device=device)
-    return batch | dict(t=torch.cat([t, t[:n_s]]), eps=torch.cat([eps, eps[:n_s]]))
-
-def read_images(index):
-    """Their numbers [B] -> x_0 [B, C, H, W] in [-1, 1], on the device"""
-    x_0 = images[index]
-    if device.type == "cuda" and x_0.is_cpu:
-        x_0 = x_0.pin_memory()
-    x_0 = to_float(x_0.to(device, non_blocking=True))
-    return x_0.contiguous(memory_format=torch.channels_last)
-
-def typical_losses():
-    """What images of U cost the network now -> [20], the mean l by twentieths of the timesteps."""
-    generator = torch.Generator(device).manual_seed(args.seed)    # training's is left alone
-    t = torch.arange(200, device=device) * diffusion.T // 200
-    total = torch.zeros(200, device=device)
-    with torch.no_grad():
-        for _ in range(20):
-            chosen = torch.randint(len(u), (200,), generator=generator, device=device)
-            x_0 = read_images(u[chosen.to(u.device)])
-            eps = torch.randn(x_0.shape, generator=generator, device=device)
-            total += eager(x_0, t, eps)
-    return total.view(20, 10).mean(1) / 20
-
-def accumulate_gradients(batch, n_u, n_s, negative=None):
-    """Sends this rank's micro-batches of a batch forward and backward.
-
-    negative: is E_U[l] - prior E_S[l] of the whole batch negative? None, where each rank has one
-        micro-batch: they are the whole batch, and decide
-    -> {name: mean over the micro-batches} for the log
-    """
-    means = {}
-    sizes = [n_u // micro_batches, n_s // micro_batches]
-    for first in range(rank, micro_batches, world):
-        part = {name: torch.cat([x[first:n_u:micro_batches], x[n_u + first::micro_batches]])
-                for name, x in batch.items()}
-        x_0, t = read_images(part["index"]), part["t"]
-        if args.hflip:
-            x_0 = torch.where(part["mirrored"], x_0.flip(3), x_0)
-        eps = part["eps"].contiguous(memory_format=torch.channels_last)
-        net.require_backward_grad_sync = first + world >= micro_batches    # for DDP: after the last
-        loss = per_image_loss(x_0, t, eps)
-        loss_u, loss_s = loss.split(sizes)
-        found = {}
-
-        if n_s == 0:
-            risk = unsupervised_loss(loss_u)
-        elif args.algorithm == "supervised":
-            risk = supervised_loss(loss_u, loss_s, share_s)
-        else:
-            counted_u, counted_s = loss_u, loss_s
-            if typical is not None:
-                counted_u, counted_s = limited(loss, t, typical, args.limit).split(sizes)
-            difference = (counted_u.mean() - loss_prior * counted_s.mean()).detach()
-            if negative is None:
-                negative = over_ranks(difference) < 0
-            risk = pu_loss(counted_u, counted_s, loss_prior, args.correction, negative)
-            found["difference"] = difference
-            found["corrected"] = negative * (args.correction != "none")
-        scaler.scale(risk / args.grad_accum).backward()
-
-        found["risk"] = risk
-        for name, losses, of in zip(["loss_u", "loss_s"], loss.split(sizes), t.split(sizes)):
-            if len(losses) > 0:
-                found[name] = losses.mean()
-                for third, where in enumerate(["low", "middle", "high"]):    # a third of all t each
-                    inside = 3 * of // diffusion.T == third
-                    found[f"{name}_{where}_t"] = (3 * losses * inside).mean()
-        for name, value in found.items():
-            means[name] = means.get(name, 0) + value.detach() / args.grad_accum
-    return means
-
-def take_step(batch, n_u, n_s):
-    """Updates the weights and their moving average -> {name: mean over the batch} for the log"""
-    guess = None
-    if args.grad_accum > 1:    # positive; where the whole batch disagrees, the step is done again
-        guess = torch.zeros((), dtype=torch.bool, device=device)
-    means = accumulate_gradients(batch, n_u, n_s, guess)
-    if guess is not None and "difference" in means and args.correction != "none":
-        if over_ranks(means["difference"]) < 0:
-            optimizer.zero_grad()
-            means = accumulate_gradients(batch, n_u, n_s, ~guess)
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        old = averaging(args, step, pu_start)
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - old)
-    return means
-
-# -----------------------------------------------------------------------------
-# what a run leaves behind, and how it goes on
-
-step, sums, counted, seconds = 0, {}, 0, 0.0    # sums: of the means of the `counted` last steps
-typical = None    # l on U by timestep, once the network knows U
-trained = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+step, seconds = 0, 0.0
+sums, n_summed = {}, 0    # of what the last steps found, for the log
+typical = None    # mean l on U by timestep, once the network knows U
+modules = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
 if ckpt:
-    for name, part in trained.items():
-        part.load_state_dict(ckpt[name])
-    step, counted, seconds = ckpt["step"], ckpt["counted"], ckpt["seconds"]
+    for name, module in modules.items():
+        module.load_state_dict(ckpt[name])
+    step, n_summed, seconds = ckpt["step"], ckpt["n_summed"], ckpt["seconds"]
     if ckpt["typical"] is not None:
         typical = ckpt["typical"].to(device)
     sums = {name: value.to(device) for name, value in ckpt["sums"].items()}
     set_random_state(ckpt["rng"], device)
-first_step, start, mark = step, time.time(), time.time()
+first_step, start = step, time.time()
 ckpt_path, log_path = args.out_dir / "ckpt.pt", args.out_dir / "log.csv"
-columns = ["step", "risk", "loss_u", "loss_s", "difference", "corrected", "lr",
-           "images_per_second", "seconds",
-           *(f"loss_{of}_{t}_t" for of in "us" for t in ["low", "middle", "high"])]
+
+with exit_status(parser):
+    if rank == 0:
+        lock = lock_folder(args.out_dir)
+        log = open_log(log_path, ["step", "risk", "loss_u", "loss_s", "difference", "corrected",
+                                  "lr", "images_per_second", "seconds"], step)
+watch = SignalWatch()
 
 def check_finite():
     """So that no checkpoint is overwritten with a broken one."""
@@ -308,91 +207,175 @@ def check_finite():
 def save_checkpoint():
     plain_args = {name: str(value) if isinstance(value, Path) else value
                   for name, value in vars(args).items()}
-    state = {name: part.state_dict() for name, part in trained.items()}
+    state = {name: module.state_dict() for name, module in modules.items()}
     state |= dict(config=asdict(config), args=plain_args, loss_prior=loss_prior, pu_start=pu_start,
-                  typical=typical, counts=counts, step=step, sums=sums, counted=counted,
+                  typical=typical, counts=counts, step=step, sums=sums, n_summed=n_summed,
                   rng=random_state(device), seconds=seconds + time.time() - start)
     save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
 
 def save_samples(path):
-    generator = torch.Generator(device).manual_seed(args.seed)    # training's is left alone
+    generator = torch.Generator(device).manual_seed(args.seed)    # training keeps its own numbers
     with autocast:
         samples = diffusion.sample(ema, (64, channels, size, size), generator=generator)
     save_grid(to_uint8(samples), path)
 
-def stopping():
-    """The number of a signal to stop, or 0. All ranks stop at the same step."""
-    if world == 1:
-        return stop.signal or 0
-    number = torch.tensor(stop.signal or 0, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+# -----------------------------------------------------------------------------
+# one step
 
-with exit_status(parser):
-    if rank == 0:
-        lock = lock_folder(args.out_dir)
-        log = open_log(log_path, columns, step)
-stop = Stop()
+def draw_batch(sizes):
+    """The batch of one step, which all ranks draw alike: images of U, then of S, as many as sizes
+    says -> {name: [B, ...]}. Image i of S has the timestep and the noise of image i of U, which
+    makes the difference of their losses less noisy."""
+    index = torch.cat([numbers[torch.randint(max(1, len(numbers)), (n,), device=numbers.device)]
+                       for numbers, n in zip([u, s], sizes)])
+    batch = dict(index=index)
+    if args.hflip:
+        batch["mirrored"] = torch.rand(sum(sizes), 1, 1, 1, device=device) < 0.5
+    # the first n of timesteps one golden ratio apart are spread evenly, for any n: for U and for S
+    n_u, n_s = sizes
+    spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)
+    t = (diffusion.T * (spread % 1)).long()
+    eps = torch.randn(n_u, channels, size, size, device=device)
+    return batch | dict(t=torch.cat([t, t[:n_s]]), eps=torch.cat([eps, eps[:n_s]]))
+
+def read_images(index):
+    """Their numbers [B] -> x_0 [B, C, H, W] in [-1, 1], on the device"""
+    return to_float(images[index].to(device)).contiguous(memory_format=torch.channels_last)
+
+def typical_losses():
+    """What images of U cost the network now -> [20], the mean l by twentieths of the timesteps."""
+    generator = torch.Generator(device).manual_seed(args.seed)    # training keeps its own numbers
+    t = torch.arange(200, device=device) * diffusion.T // 200
+    total = torch.zeros(200, device=device)
+    with torch.no_grad():
+        for _ in range(20):    # 4,000 images
+            chosen = torch.randint(len(u), (200,), generator=generator, device=device)
+            x_0 = read_images(u[chosen.to(u.device)])
+            eps = torch.randn(x_0.shape, generator=generator, device=device)
+            total += eager(x_0, t, eps)
+    return total.view(20, 10).mean(1) / 20
+
+def accumulate_gradients(batch, sizes, negative=None):
+    """Sends this rank's micro-batches of a batch forward and backward.
+
+    negative: bool scalar, is E_U[l] - prior E_S[l] of the whole batch negative? None: see here,
+        which works where each rank has one micro-batch
+    -> {name: mean over the micro-batches} for the log
+    """
+    means = {}
+    n_u = sizes[0]
+    for first in range(rank, micro_batches, world):
+        micro_batch = {name: torch.cat([x[first:n_u:micro_batches], x[n_u + first::micro_batches]])
+                       for name, x in batch.items()}
+        x_0, t = read_images(micro_batch["index"]), micro_batch["t"]
+        if args.hflip:
+            x_0 = torch.where(micro_batch["mirrored"], x_0.flip(3), x_0)
+        eps = micro_batch["eps"].contiguous(memory_format=torch.channels_last)
+        net.require_backward_grad_sync = first + world >= micro_batches    # for DDP: after the last
+        loss = per_image_loss(x_0, t, eps)    # [B]
+        capped = loss if typical is None else limited(loss, t, typical, args.limit)
+        split_sizes = [n // micro_batches for n in sizes]
+        loss_u, loss_s = capped.split(split_sizes)
+
+        found = {}
+        if len(loss_s) == 0:
+            risk = unsupervised_loss(loss_u)
+        elif args.algorithm == "supervised":
+            risk = supervised_loss(loss_u, loss_s, share_s)
+        else:
+            found["difference"] = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
+            if negative is None:
+                negative = mean_over_ranks(found["difference"]) < 0
+            risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, negative)
+            found["corrected"] = negative * (args.correction != "none")
+        scaler.scale(risk / args.grad_accum).backward()
+
+        found["risk"] = risk
+        for name, losses in zip(["loss_u", "loss_s"], loss.split(split_sizes)):
+            if len(losses) > 0:
+                found[name] = losses.mean()
+        for name, value in found.items():
+            means[name] = means.get(name, 0) + value.detach() / args.grad_accum
+    return means
+
+def take_step(batch, sizes):
+    """Updates the weights and their moving average -> {name: mean over the batch} for the log"""
+    # The sign of the difference is that of all micro-batches together. Take it for positive; where
+    # it was not, drop the gradients and do the step again.
+    negative = None
+    if args.grad_accum > 1:
+        negative = torch.zeros((), dtype=torch.bool, device=device)
+    means = accumulate_gradients(batch, sizes, negative)
+    if negative is not None and "difference" in means and args.correction != "none":
+        if mean_over_ranks(means["difference"]) < 0:
+            optimizer.zero_grad()
+            means = accumulate_gradients(batch, sizes, ~negative)
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        decay = averaging(args, step, pu_start)
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    return means
 
 # -----------------------------------------------------------------------------
 # what is about to happen
 
-knows_u = args.limit < torch.inf and (pu_start > 0 or args.init_from)    # when the PU risk begins
+# a network that knows nothing yet has no typical loss
+use_limit = args.algorithm == "pu" and args.limit < math.inf and (pu_start > 0 or args.init_from)
 say(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
     f"({args.sensitive or 'your estimate'}); S has {n_labeled:,}")
-if args.scores:
-    say(f"{args.scores}: of these, the {len(u):,} of U that score lowest, a fraction of "
-        f"{args.keep:.4g}, and the {len(s):,} of S that score no higher")
-if args.algorithm == "oracle":
-    say(f"the oracle is shown the {len(u):,} normal images of U, by labels that nobody has")
+if args.scores or args.algorithm == "oracle":
+    say(f"training is shown {len(u):,} images of U and {len(s):,} of S, by "
+        f"{args.scores or 'labels that nobody has'}")
 if pu_start:
     say(f"steps 1 to {pu_start} minimise the ordinary diffusion loss, E_U[l], on "
         f"{args.batch_size} images of U a step")
 say(f"steps {pu_start + 1} to {args.max_steps} minimise "
     f"{in_words(args.algorithm, loss_prior, share_s, args.correction)}, on {n_u} images of U and "
     f"{n_s} of S a step")
-if args.algorithm == "pu" and knows_u:
-    say(f"in the PU risk, l counts up to {args.limit:g} times what U costs at the same timestep")
-passes = (args.max_steps - pu_start) * n_s / max(1, len(s))
-if passes > MAX_PASSES:
+if use_limit:
+    say(f"in the PU risk, l is capped at {args.limit:g} times its mean on U at the same timestep")
+passes = (args.max_steps - pu_start) * s_passes
+if args.algorithm == "pu" and not args.recipe and passes > MAX_PASSES:
     say(f"S is small: its images come {passes:.0f} times each, and are learned by heart. Raise "
         f"--pu_start if the samples suffer, or sort U by pu_filter.py and use --scores")
-if micro_batches > 1:
-    say(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
 say(f"{args.model or args.init_from} U-Net of "
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
     f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "
     f"from step {step}; results in {args.out_dir}")
+if step >= args.max_steps:
+    say(f"{ckpt_path} is at step {step}: nothing is left to do; --max_steps goes further")
+    sys.exit()
 
 # -----------------------------------------------------------------------------
 # the loop
 
-with exit_status(parser, wishes=False):
+with exit_status(parser, user_errors=False):
     while step < args.max_steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, pu_start)
-        composition = (n_u, n_s)
-        if step < pu_start:
-            composition = (args.batch_size, 0)
-        elif args.algorithm == "pu" and knows_u and typical is None:
+        sizes = (n_u, n_s) if step >= pu_start else (args.batch_size, 0)
+        if use_limit and step >= pu_start and typical is None:
             typical = typical_losses()
-        means = take_step(draw_batch(*composition), *composition)
-        for name, value in means.items():
+        for name, value in take_step(draw_batch(sizes), sizes).items():
             sums[name] = sums.get(name, 0) + value
-        counted += 1
+        n_summed += 1
         step += 1
 
         last = step in (pu_start, args.max_steps)    # of one part
         log_is_due = last or step % args.log_interval == 0
         save_is_due = last or step % args.sample_interval == 0
-        number = stopping()
-        if log_is_due or save_is_due or number:
-            sums = {name: over_ranks(value) for name, value in sums.items()}
+        signal_number = watch.received(device)
+        if log_is_due or save_is_due or signal_number:
+            sums = {name: mean_over_ranks(value) for name, value in sums.items()}
             check_finite()
         if log_is_due:
-            row = {name: float(value / counted) for name, value in sums.items()}
-            speed = counted * args.batch_size / (time.time() - mark)
+            row = {name: float(value / n_summed) for name, value in sums.items()}
             elapsed = time.time() - start
+            speed = (step - first_step) * args.batch_size / elapsed
             left = elapsed / (step - first_step) * (args.max_steps - step)
             of_s = f"l_S {row['loss_s']:.3f}  " if "loss_s" in row else ""
             say(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  l_U {row['loss_u']:.3f}  "
@@ -401,35 +384,25 @@ with exit_status(parser, wishes=False):
             if rank == 0:
                 row |= dict(step=step, lr=group["lr"], images_per_second=round(speed, 1))
                 log.writerow(row | dict(seconds=round(seconds + elapsed, 1)))
-            sums, counted, mark = {}, 0, time.time()
-        if save_is_due or number:
-            pause = time.time()
-            if rank == 0:
-                save_checkpoint()
-            if number:
-                say(f"interrupted: step {step} is saved, --resume goes on from there")
-                sys.exit(128 + number)
-            samples_path = args.out_dir / f"samples_{step:06d}.png"
-            if rank == 0:
-                save_samples(samples_path)
-            mark += time.time() - pause
+            sums, n_summed = {}, 0
+        if (save_is_due or signal_number) and rank == 0:
+            save_checkpoint()
+        if signal_number:
+            say(f"interrupted: step {step} is saved, --resume goes on from there")
+            sys.exit(128 + signal_number)
+        samples_path = args.out_dir / f"samples_{step:06d}.png"
+        if save_is_due and rank == 0:
+            save_samples(samples_path)
         if step == pu_start:
             say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
                 f"{samples_path} is what the network would have drawn")
 
-# -----------------------------------------------------------------------------
-# where everything is
-
-if step == first_step:
-    say(f"{ckpt_path} is at step {step}: nothing was left to do; --max_steps goes further")
-    sys.exit()
-say(f"trained for {(time.time() - start) / 60:.1f} minutes; the checkpoint is {ckpt_path}, the "
-    f"log {log_path}, the last samples {samples_path}")
-before_path = args.out_dir / f"samples_{pu_start:06d}.png"
-with exit_status(parser, wishes=False):
+    say(f"trained for {elapsed / 60:.1f} minutes; everything is in {args.out_dir}")
+    before_path, joined_path = [args.out_dir / name for name in
+                                [f"samples_{pu_start:06d}.png", "before_after.png"]]
     if rank == 0 and pu_start and before_path.exists():
-        join_pngs([before_path, samples_path], args.out_dir / "before_after.png")
-        say(f"{args.out_dir / 'before_after.png'}: what it would have drawn, and what it draws now")
+        join_pngs([before_path, samples_path], joined_path)
+        say(f"{joined_path}: what it would have drawn, and what it draws now")
 say(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
 if args.dataset != "folder":
     say(f"to judge it: python evaluate.py --ckpt {ckpt_path}")

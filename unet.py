@@ -52,7 +52,7 @@ def preset(name: str, image_channels: int, image_size: int) -> UNetConfig:
     config = UNetConfig(image_channels, image_size, **PRESETS[name])
     multiple = config.patch * 2 ** (len(config.channels) - 1)
     if image_size % 2 == 0:
-        config.pad = -image_size % multiple // 2
+        config.pad = (-image_size % multiple) // 2    # half of what is missing
     return config
 
 
@@ -82,7 +82,7 @@ def check(config: UNetConfig):
 
 def timestep_embedding(t, dim: int, freq_shift: int = 1, flip_sin_to_cos: bool = False):
     """t [B] -> [B, dim]: the sines, then the cosines, of t at dim/2 frequencies from 1 to 1/10000
-    (as in DDPM's code; freq_shift = 0: not quite as low). flip_sin_to_cos: cosines first."""
+    (10000^(-i / (half - freq_shift)), as in DDPM's code). flip_sin_to_cos: cosines first."""
     half = dim // 2
     exponents = -math.log(10000) * torch.arange(half, device=t.device) / (half - freq_shift)
     angles = t[:, None].float() * exponents.exp()
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(self.qkv(h), "b n (three heads d) -> three b heads n d",
                             three=3, heads=self.heads)
-        if x.device.type == "cpu" and h.shape[1] <= 1024:    # there the fused kernel is slower
+        if x.device.type == "cpu" and h.shape[1] <= 1024:    # the fused kernel is slower
             h = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
         else:
             h = F.scaled_dot_product_attention(q, k, v)    # [B, heads, H*W, head_dim]
@@ -187,13 +187,13 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(c_image, c, 3, padding=1)
 
         self.down = nn.ModuleList()
-        skips = [c]    # the channels of each skip connection
+        skip_channels = [c]
         for i, c_out in levels:
             c_ins = [c] + [c_out] * (config.blocks - 1)
             last = i == len(levels) - 1
             resample = None if last else Downsample(c_out, config.downsample_padding)
             self.down.append(Level(c_ins, c_out, time_dim, i in config.attention, resample, config))
-            skips += [c_out] * (config.blocks if last else config.blocks + 1)
+            skip_channels += [c_out] * (config.blocks if last else config.blocks + 1)
             c = c_out
 
         self.mid1 = ResBlock(c, c, time_dim, config)
@@ -202,7 +202,7 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for i, c_out in reversed(levels):
-            c_ins = [c_in + skips.pop() for c_in in [c] + [c_out] * config.blocks]
+            c_ins = [c_in + skip_channels.pop() for c_in in [c] + [c_out] * config.blocks]
             resample = Upsample(c_out) if i > 0 else nn.Identity()
             self.up.append(Level(c_ins, c_out, time_dim, i in config.attention, resample, config))
             c = c_out

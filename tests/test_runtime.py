@@ -38,9 +38,9 @@ def test_too_little_memory_is_a_sentence_too(empty):
 
 CHILD = """import sys, time
 from runtime import *
-lock, stop = lock_folder(Path(sys.argv[1])), Stop()
+lock, stop = lock_folder(Path(sys.argv[1])), SignalWatch()
 while True:
-    say(stop.signal)
+    say(stop.number)
     time.sleep(0.1)
 """
 
