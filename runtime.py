@@ -206,9 +206,12 @@ def read_newest(path: Path, previous: Path) -> dict:
 
 def lock_folder(folder: Path):
     """Makes a folder, and keeps other runs out -> a file, which must stay open until this run ends.
-    Raises ValueError where another run uses the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a")
+    Raises ValueError where another run uses the folder, OSError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise OSError(f"--out_dir {folder} cannot be written: {error.strerror}") from None
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -333,15 +333,18 @@ if args.scores or args.algorithm == "oracle":
 if pu_start:
     say(f"steps 1 to {pu_start} minimise the ordinary diffusion loss, E_U[l], on "
         f"{args.batch_size} images of U a step")
+and_s = f" and {n_s} of S" if n_s else ""
 say(f"steps {pu_start + 1} to {args.max_steps} minimise "
-    f"{in_words(args.algorithm, loss_prior, share_s, args.correction)}, on {n_u} images of U and "
-    f"{n_s} of S a step")
+    f"{in_words(args.algorithm, loss_prior, share_s, args.correction)}, on {n_u} images of U"
+    f"{and_s} a step")
 if use_limit:
     say(f"in the PU risk, l is capped at {args.limit:g} times its mean on U at the same timestep")
 passes = (args.max_steps - pu_start) * s_passes
 if args.algorithm == "pu" and not args.recipe and passes > MAX_PASSES:
     say(f"S is small: its images come {passes:.0f} times each, and are learned by heart. Raise "
         f"--pu_start if the samples suffer, or sort U by pu_filter.py and use --scores")
+if micro_batches > 1:
+    say(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
 say(f"{args.model or args.init_from} U-Net of "
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
     f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "

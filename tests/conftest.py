@@ -1,5 +1,6 @@
 """What tests share: running a script as a user would, a small real run, a folder of images."""
 import contextlib
+import gc
 import io
 import os
 import runpy
@@ -41,6 +42,7 @@ def run(script, *flags, check=True, cwd=None):
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        gc.collect()    # closes the lock of the run
     result = subprocess.CompletedProcess(command(script, *flags), status,
                                          out.getvalue(), err.getvalue())
     assert not check or status == 0, result.stderr

@@ -7,15 +7,7 @@ import torch
 import torch.nn as nn
 
 from diffusion import GaussianDiffusion
-from pu_loss import (
-    batch_composition,
-    in_words,
-    limited,
-    log1mexp,
-    pu_loss,
-    supervised_loss,
-    unsupervised_loss,
-)
+from pu_loss import limited, log1mexp, pu_loss, supervised_loss, unsupervised_loss
 
 # x, log(1 - exp(-x)) and its derivative 1 / (exp(x) - 1), computed with mpmath at 60 digits
 LOG1MEXP = [
@@ -212,38 +204,3 @@ def test_the_limit_depends_on_the_timestep_and_stops_the_gradient():
     assert capped.tolist() == [5, 20, 30, 40]
     capped.sum().backward()
     assert loss.grad.tolist() == [1, 0, 1, 0]
-
-
-def test_the_number_of_sensitive_images_is_where_the_difference_is_least_noisy():
-    """Var(mean_u - prior mean_s) = 1 / n_u + prior^2 / n_s for losses of variance 1."""
-    for batch_size, prior in [(128, 0.5), (128, 1 / 11), (1024, 0.3)]:
-        def variance(n_s, batch_size=batch_size, prior=prior):
-            return 1 / (batch_size - n_s) + prior ** 2 / n_s
-        n_u, n_s = batch_composition("pu", batch_size, prior, share_s=0.9)
-        assert n_u + n_s == batch_size
-        assert n_s % 8 == 0
-        best = min(range(1, batch_size), key=variance)
-        assert best <= n_s < best + 9
-    assert batch_composition("pu", 2, 0.9, 0.5) == (1, 1)    # each is paired with one of U
-
-
-def test_the_composition_of_other_batches():
-    assert batch_composition("supervised", 128, 0.5, share_s=0.25) == (96, 32)
-    assert batch_composition("supervised", 128, 0.5, share_s=0.001) == (127, 1)
-    assert batch_composition("supervised", 128, 0.5, share_s=0.9) == (64, 64)
-    for algorithm in ["unsupervised", "oracle"]:
-        assert batch_composition(algorithm, 1, 0.5, 0.5) == (1, 0)
-    for algorithm in ["pu", "supervised"]:
-        with pytest.raises(ValueError, match="--batch_size 1 leaves no room"):
-            batch_composition(algorithm, 1, 0.5, 0.5)
-    with pytest.raises(ValueError, match="--scores leave a prior of 1.5"):
-        batch_composition("pu", 128, 1.5, 0.5)
-
-
-def test_the_risk_in_words():
-    assert in_words("pu", 1 / 11, 0.5, "abs") == (
-        "the PU risk, 0.09091 E_S[-log(1 - exp(-l))] + |E_U[l] - 0.09091 E_S[l]|")
-    assert in_words("pu", 0.5, 0.5, "none").endswith("+ E_U[l] - 0.5 E_S[l]")
-    assert in_words("supervised", 0.5, 0.1, "abs") == (
-        "the supervised risk, 0.9 E_U[l] + 0.1 E_S[-log(1 - exp(-l))]")
-    assert in_words("oracle", 0.5, 0.1, "abs") == "the ordinary diffusion loss, E_U[l]"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from recipe import averaging, first_pu_step, learning_rate
+from recipe import averaging, batch_composition, in_words, learning_rate, steps_before_pu
 
 
 def wishes(**others):
@@ -17,28 +17,17 @@ def wishes(**others):
     (2500, 2000), (500, 3375), (100, 3875), (20, 3975), (1, 3999)])
 def test_with_few_labels_the_pu_risk_begins_later(n_labeled, pu_start):
     """It has half of the steps, but its 48 images of S a step pass at most 60 times over S."""
-    assert first_pu_step(wishes(), 50000, 48 / n_labeled) == pu_start
+    assert steps_before_pu(wishes(), 48 / n_labeled) == pu_start
 
 
 @pytest.mark.parametrize("wish, pu_start", [(0, 0), (1 / 3, 1333), (0.75, 3000), (10, 10)])
 def test_the_pu_risk_begins_where_a_flag_says(wish, pu_start):
-    assert first_pu_step(wishes(pu_start=wish), 50000, 48 / 20) == pu_start
+    assert steps_before_pu(wishes(pu_start=wish), 48 / 20) == pu_start
 
 
 def test_only_the_pu_risk_has_a_first_part():
     for algorithm in ["supervised", "unsupervised", "oracle"]:
-        assert first_pu_step(wishes(algorithm=algorithm), 50000, 0) == 0
-
-
-def test_steps_follow_from_epochs():
-    args = wishes(max_steps=None, epochs=100, pu_start=0)
-    first_pu_step(args, 27500, 0.01)
-    assert args.max_steps == math.ceil(100 * 27500 / 128)
-
-
-def test_a_second_part_needs_steps():
-    with pytest.raises(ValueError, match="--pu_start 4000 leaves no step"):
-        first_pu_step(wishes(pu_start=4000), 50000, 0.1)
+        assert steps_before_pu(wishes(algorithm=algorithm), 0) == 0
 
 
 @pytest.mark.parametrize("pu_start", [0, 10, 2000, 3975])
@@ -63,3 +52,38 @@ def test_the_learning_rate_is_constant_then_a_cosine():
     assert learning_rate(args, 2100, 0) == pytest.approx(1e-3)    # halfway behind the warm-up
     short = wishes(max_steps=40, warmup_steps=500)    # a quarter of the run at most
     assert learning_rate(short, 10, 0) == 2e-3
+
+
+def test_the_number_of_sensitive_images_is_where_the_difference_is_least_noisy():
+    """Var(mean_u - prior mean_s) = 1 / n_u + prior^2 / n_s for losses of variance 1."""
+    for batch_size, prior in [(128, 0.5), (128, 1 / 11), (1024, 0.3), (16, 1 / 11)]:
+        def variance(n_s, batch_size=batch_size, prior=prior):
+            return 1 / (batch_size - n_s) + prior ** 2 / n_s
+        n_u, n_s = batch_composition("pu", batch_size, prior, share_s=0.9)
+        assert n_u + n_s == batch_size
+        assert n_s % (batch_size // 16) == 0
+        best = min(range(1, batch_size), key=variance)
+        assert best <= n_s <= best + batch_size // 16
+    assert batch_composition("pu", 2, 0.9, 0.5) == (1, 1)    # each is paired with one of U
+
+
+def test_the_composition_of_other_batches():
+    assert batch_composition("supervised", 128, 0.5, share_s=0.25) == (96, 32)
+    assert batch_composition("supervised", 128, 0.5, share_s=0.001) == (127, 1)
+    assert batch_composition("supervised", 128, 0.5, share_s=0.9) == (64, 64)
+    for algorithm in ["unsupervised", "oracle"]:
+        assert batch_composition(algorithm, 1, 0.5, 0.5) == (1, 0)
+    for algorithm in ["pu", "supervised"]:
+        with pytest.raises(ValueError, match="--batch_size 1 leaves no room"):
+            batch_composition(algorithm, 1, 0.5, 0.5)
+    with pytest.raises(ValueError, match="--scores leave a prior of 1.5"):
+        batch_composition("pu", 128, 1.5, 0.5)
+
+
+def test_the_risk_in_words():
+    assert in_words("pu", 1 / 11, 0.5, "abs") == (
+        "the PU risk, 0.09091 E_S[-log(1 - exp(-l))] + |E_U[l] - 0.09091 E_S[l]|")
+    assert in_words("pu", 0.5, 0.5, "none").endswith("+ E_U[l] - 0.5 E_S[l]")
+    assert in_words("supervised", 0.5, 0.1, "abs") == (
+        "the supervised risk, 0.9 E_U[l] + 0.1 E_S[-log(1 - exp(-l))]")
+    assert in_words("oracle", 0.5, 0.1, "abs") == "the ordinary diffusion loss, E_U[l]"

@@ -79,10 +79,11 @@ def test_its_flags_and_defaults_are_those_of_train_py(tmp_path):
             assert all(f"{name} " in usage for name in re.findall(r"--\w+", flags))
     run("train.py", "--prior", "0.5", "--max_steps", 2, "--batch_size", 16, "--device", "cpu",
         "--out_dir", tmp_path / "run")
-    args = torch.load(tmp_path / "run" / "ckpt.pt")["args"]
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
+    args = ckpt["args"]
     defaults = table["DEFAULTS"]
     assert args["algorithm"] == defaults["algorithm"]
-    assert args["pu_start"] == float(Fraction(defaults["pu_start"]))
+    assert ckpt["pu_start"] == 2 * Fraction(defaults["pu_start"])
     assert data.DATASETS["mnist"]["n_labeled"] == int(defaults["n_labeled"])
 
 

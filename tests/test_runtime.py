@@ -38,9 +38,9 @@ def test_too_little_memory_is_a_sentence_too(empty):
 
 CHILD = """import sys, time
 from runtime import *
-lock, stop = lock_folder(Path(sys.argv[1])), SignalWatch()
+lock, watch = lock_folder(Path(sys.argv[1])), SignalWatch()
 while True:
-    say(stop.number)
+    say(watch.number)
     time.sleep(0.1)
 """
 
@@ -49,12 +49,12 @@ def test_signals_locks_and_closed_pipes(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path / "run"], cwd=ROOT, text=True,
                              stdout=subprocess.PIPE)
     try:
-        assert child.stdout.readline() == "None\n"
+        assert child.stdout.readline() == "0\n"
         with pytest.raises(ValueError, match="another run uses .*run: wait, or name another"):
             runtime.lock_folder(tmp_path / "run")
         for number in [signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT]:
             child.send_signal(number)    # two arrive together, and count as one
-        while (line := child.stdout.readline()) == "None\n":
+        while (line := child.stdout.readline()) == "0\n":
             pass
         assert line in ["2\n", "15\n"]
         child.stdout.close()
