@@ -49,7 +49,7 @@ DATASETS = {
         model="paper", batch_size=32, hflip=True),
     "celeba": dict(    # an image has several of these classes
         classes=CELEBA_ATTRIBUTES + [f"not_{name}" for name in CELEBA_ATTRIBUTES],
-        groups={"female": [len(CELEBA_ATTRIBUTES) + CELEBA_ATTRIBUTES.index("male")]},
+        groups={"female": [40 + CELEBA_ATTRIBUTES.index("male")]},    # not_male
         sensitive="female", n_normal=2000, n_labeled=200,
         model="paper", batch_size=16, hflip=True, image_size=256, channels=3),
     "folder": dict(    # your own images, split already
