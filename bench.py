@@ -77,7 +77,7 @@ torch.manual_seed(0)
 # ours
 
 prior = 0.5
-n_u, n_s = batch_composition("pu", batch_size, prior, share_s=0)
+n_u, n_s = batch_composition("pu", batch_size, prior, 50000, 2500)
 images = torch.randint(256, (10000, *shape), dtype=torch.uint8).to(device)
 diffusion = GaussianDiffusion().to(device)
 ema = copy.deepcopy(model).eval().requires_grad_(False)

@@ -152,12 +152,14 @@ def fill_in(args: argparse.Namespace, known: dict):
 # -----------------------------------------------------------------------------
 # what a step takes
 
-def batch_composition(algorithm: str, batch_size: int, prior: float, share_s: float) -> tuple:
+def batch_composition(algorithm: str, batch_size: int, prior: float, n_unlabeled: int,
+                      n_labeled: int) -> tuple:
     """How many images of U and of S a step takes -> n_u, n_s.
 
     "pu": the variance of E_U[l] - prior E_S[l] is smallest where the share of S is
     prior / (1 + prior). It is rounded up to sixteenths of the batch, which ranks and micro-batches
-    divide. "supervised": S has its share_s = |S| / (|U| + |S|). Other algorithms do not see S.
+    divide. A small S comes once a step at most, if it has a sixteenth: so it lasts for more steps.
+    "supervised": S has its share of all images. Other algorithms do not see S.
     At most half of a batch is S, for each of its images is paired with one of U.
     Raises ValueError for a prior of 1 or more, and where the batch is too small."""
     n_s = 0
@@ -165,9 +167,10 @@ def batch_composition(algorithm: str, batch_size: int, prior: float, share_s: fl
         if prior >= 1:
             raise ValueError(f"--scores leave a prior of {prior:.3g}: they, or --prior, are wrong")
         sixteenth = max(1, batch_size // 16)
-        n_s = sixteenth * max(1, math.ceil(prior / (1 + prior) * batch_size / sixteenth))
+        best = math.ceil(prior / (1 + prior) * batch_size / sixteenth)
+        n_s = sixteenth * max(1, min(best, n_labeled // sixteenth))
     elif algorithm == "supervised":
-        n_s = max(1, round(share_s * batch_size))
+        n_s = max(1, round(n_labeled / (n_unlabeled + n_labeled) * batch_size))
     n_s = min(n_s, batch_size // 2)
     if n_s == 0 and algorithm in ("pu", "supervised"):
         raise ValueError(f"--batch_size {batch_size} leaves no room for images of U and of S")
@@ -175,7 +178,7 @@ def batch_composition(algorithm: str, batch_size: int, prior: float, share_s: fl
 
 
 def in_words(algorithm: str, prior: float, share_s: float, correction: str) -> str:
-    """What an algorithm minimises, as a formula. Arguments: as above, and of pu_loss."""
+    """What an algorithm minimises, as a formula. Arguments: of pu_loss and supervised_loss."""
     sensitive = "E_S[-log(1 - exp(-l))]"
     if algorithm == "pu":
         difference = f"E_U[l] - {prior:.4g} E_S[l]"

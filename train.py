@@ -118,8 +118,8 @@ with exit_status(parser):
     images, u, s = on_device(data.train, u, s, device)    # u and s: numbers of images
     channels, size = images.shape[1:3]
 
-    share_s = len(s) / (len(u) + len(s))
-    n_u, n_s = batch_composition(args.algorithm, args.batch_size, loss_prior, share_s)
+    share_s = len(s) / (len(u) + len(s))    # for the supervised risk
+    n_u, n_s = batch_composition(args.algorithm, args.batch_size, loss_prior, *counts)
     if args.scores and len(s) < n_s:
         raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the {n_s} "
                          f"a step takes: they would be learned by heart. Use --algorithm "

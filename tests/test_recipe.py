@@ -13,11 +13,12 @@ def wishes(**others):
     return argparse.Namespace(**defaults | others)
 
 
-@pytest.mark.parametrize("n_labeled, pu_start", [
-    (2500, 2000), (500, 3375), (100, 3875), (20, 3975), (1, 3999)])
-def test_with_few_labels_the_pu_risk_begins_later(n_labeled, pu_start):
-    """It has half of the steps, but its 48 images of S a step pass at most 60 times over S."""
-    assert steps_before_pu(wishes(), 48 / n_labeled) == pu_start
+@pytest.mark.parametrize("n_labeled, n_s, pu_start", [
+    (2500, 48, 2000), (500, 48, 3375), (100, 48, 3875), (20, 16, 3925), (1, 8, 3993)])
+def test_with_few_labels_the_pu_risk_begins_later(n_labeled, n_s, pu_start):
+    """It has half of the steps, but passes at most 60 times over S."""
+    assert batch_composition("pu", 128, 0.5, 50000, n_labeled) == (128 - n_s, n_s)
+    assert steps_before_pu(wishes(), n_s / n_labeled) == pu_start
 
 
 @pytest.mark.parametrize("wish, pu_start", [(0, 0), (1 / 3, 1333), (0.75, 3000), (10, 10)])
@@ -59,25 +60,25 @@ def test_the_number_of_sensitive_images_is_where_the_difference_is_least_noisy()
     for batch_size, prior in [(128, 0.5), (128, 1 / 11), (1024, 0.3), (16, 1 / 11)]:
         def variance(n_s, batch_size=batch_size, prior=prior):
             return 1 / (batch_size - n_s) + prior ** 2 / n_s
-        n_u, n_s = batch_composition("pu", batch_size, prior, share_s=0.9)
+        n_u, n_s = batch_composition("pu", batch_size, prior, 9000, 1000)
         assert n_u + n_s == batch_size
         assert n_s % (batch_size // 16) == 0
         best = min(range(1, batch_size), key=variance)
         assert best <= n_s <= best + batch_size // 16
-    assert batch_composition("pu", 2, 0.9, 0.5) == (1, 1)    # each is paired with one of U
+    assert batch_composition("pu", 2, 0.9, 100, 100) == (1, 1)    # each is paired with one of U
 
 
 def test_the_composition_of_other_batches():
-    assert batch_composition("supervised", 128, 0.5, share_s=0.25) == (96, 32)
-    assert batch_composition("supervised", 128, 0.5, share_s=0.001) == (127, 1)
-    assert batch_composition("supervised", 128, 0.5, share_s=0.9) == (64, 64)
+    assert batch_composition("supervised", 128, 0.5, 300, 100) == (96, 32)
+    assert batch_composition("supervised", 128, 0.5, 999, 1) == (127, 1)
+    assert batch_composition("supervised", 128, 0.5, 100, 900) == (64, 64)
     for algorithm in ["unsupervised", "oracle"]:
-        assert batch_composition(algorithm, 1, 0.5, 0.5) == (1, 0)
+        assert batch_composition(algorithm, 1, 0.5, 100, 100) == (1, 0)
     for algorithm in ["pu", "supervised"]:
         with pytest.raises(ValueError, match="--batch_size 1 leaves no room"):
-            batch_composition(algorithm, 1, 0.5, 0.5)
+            batch_composition(algorithm, 1, 0.5, 100, 100)
     with pytest.raises(ValueError, match="--scores leave a prior of 1.5"):
-        batch_composition("pu", 128, 1.5, 0.5)
+        batch_composition("pu", 128, 1.5, 100, 100)
 
 
 def test_the_risk_in_words():
