@@ -58,7 +58,7 @@ from runtime import (
     say,
     set_random_state,
 )
-from unet import UNet, UNetConfig, preset
+from unet import UNet, UNetConfig, check, preset
 
 # -----------------------------------------------------------------------------
 # the flags, the device and its precision
@@ -98,6 +98,8 @@ with exit_status(parser):
 # the data, how many images a step takes, and how many steps
 
 with exit_status(parser):
+    if args.image_size and model is None:    # before images of that size are decoded
+        check(preset(args.model, args.channels, args.image_size))
     with first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,

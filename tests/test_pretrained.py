@@ -388,7 +388,7 @@ def test_weights_that_are_not_finite_or_absurd(folder, tmp_path, value):
     weights = torch.load(copy / "diffusion_pytorch_model.bin")
     weights["conv_out.bias"][0] = value
     torch.save(weights, copy / "diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match=f"{copy} is damaged: conv_out.bias holds a "):
+    with pytest.raises(OSError, match=f"{copy}.* is damaged"):
         load_pretrained(copy)
 
 
@@ -466,8 +466,8 @@ def test_fine_tuning_starts_at_the_model_and_goes_back_to_its_format(folder, tmp
     start = ckpt["ema"]["conv_out.bias"]
     change_of_model, change_of_average = (
         float((moved[kind]["conv_out.bias"] - start).norm()) for kind in ("model", "ema"))
-    # the average starts at the model, and reaches back over a quarter of the run, which is a step
-    assert change_of_average == pytest.approx(change_of_model, rel=0.01)
+    # the average starts at the model, and spans half of the run: its decay is 1 - 2 / 3
+    assert change_of_average == pytest.approx(2 / 3 * change_of_model, rel=0.01)
 
     save = ["--ckpt", tmp_path / "run" / "ckpt.pt", "--save_diffusers", tmp_path / "cleaned"]
     run("sample.py", *save, cwd=tmp_path)
