@@ -57,8 +57,8 @@ def train_flags(description: str) -> argparse.ArgumentParser:
     add("--correction", default="abs", choices=["abs", "nn", "none"],
         help="of a negative estimate of the normal loss (default: abs)")
     add("--limit", type=positive_or_inf,
-        help="l is capped at this multiple of its mean on U (default: 3; none where the PU risk "
-             "begins at once)")
+        help="l is capped at this multiple of its mean on U (default: 3; none where a new network "
+             "begins with the PU risk)")
     add("--loss_prior", type=fraction, help="a wrong prior, to study (default: --prior)")
     add("--scores", type=Path, help="of pu_filter.py: leave out what scores high")
     add("--keep", type=fraction,
