@@ -18,7 +18,7 @@ import torch
 
 from formats import CELEBA_ATTRIBUTES, load_celeba, load_folder, load_idx, load_records
 from images import save_grids
-from runtime import exit_status, fraction, positive, seed
+from runtime import exit_status, fraction, int64, positive
 
 DATA_DIR = Path(__file__).parent / "data"
 MAX_ON_DEVICE = 2 ** 29    # bytes of images; more stay in their file
@@ -203,7 +203,7 @@ def data_flags(parser):
                         help="fraction of sensitive images in U, as 0.5 or 1/11 (default: 0.5)")
     parser.add_argument("--n_unlabeled", type=positive, help="images in U (default: by data set)")
     parser.add_argument("--n_labeled", type=positive, help="images in S (default: by data set)")
-    parser.add_argument("--seed", type=seed, default=0, help="of all random draws (default: 0)")
+    parser.add_argument("--seed", type=int64, default=0, help="of all random draws (default: 0)")
 
 
 def main():

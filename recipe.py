@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data import DATASETS, data_flags
 from runtime import (
+    below_one,
     count,
-    decay,
     device_flags,
     fraction,
     positive,
@@ -80,7 +80,7 @@ def train_flags(description: str) -> argparse.ArgumentParser:
     add("--lr", type=positive_float, help="peak learning rate (default: the model's)")
     add("--warmup_steps", type=count, help="steps of linear warm-up")
     add("--grad_clip", type=positive_or_inf, default=1.0, help="largest gradient norm (default: 1)")
-    add("--ema_decay", type=decay, default=0.999,
+    add("--ema_decay", type=below_one, default=0.999,
         help="of the average of the weights, which is sampled from (default: 0.999)")
 
     group = parser.add_argument_group("running")

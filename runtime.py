@@ -376,12 +376,12 @@ positive = argument_type(int, lambda n: 1 <= n < 2 ** 31,
                          "{} is not a positive whole number, or is too large")
 count = argument_type(int, lambda n: 0 <= n < 2 ** 31,
                       "{} is not a whole number, 0 or more, or is too large")
-seed = argument_type(int, lambda n: abs(n) < 2 ** 63,
-                     "{} does not fit in 64 bits as a whole number")
+int64 = argument_type(int, lambda n: abs(n) < 2 ** 63,
+                      "{} does not fit in 64 bits as a whole number")
 fraction = argument_type(ratio, lambda x: 0 < x < 1,
                          "'{}' is not a number between 0 and 1, such as 0.5 or 1/11")
 positive_float = argument_type(float, lambda x: 0 < x < math.inf, "{} is not a positive number")
 positive_or_inf = argument_type(float, lambda x: x > 0, "{} is not a positive number, or inf")
-decay = argument_type(float, lambda x: 0 <= x < 1, "{} is not a number from 0 to below 1")
+below_one = argument_type(float, lambda x: 0 <= x < 1, "{} is not a number from 0 to below 1")
 step_or_share = argument_type(ratio, lambda x: 0 <= x < 2 ** 31 and (x < 1 or x == int(x)),
                               "{} is neither a step nor a share of the steps, such as 1/2")

@@ -28,7 +28,7 @@ def sampling_flags(parser: argparse.ArgumentParser, n: int):
                         help="network calls (default: 20)")
     parser.add_argument("--sampler", default="dpm++", choices=SAMPLERS,
                         help="ddpm needs 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
-    parser.add_argument("--seed", type=runtime.seed, default=0, help="of all noise (default: 0)")
+    parser.add_argument("--seed", type=runtime.int64, default=0, help="of all noise (default: 0)")
     parser.add_argument("--batch_size", type=runtime.positive, default=250, help="(default: 250)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for many images")
     runtime.device_flags(parser)
