@@ -29,7 +29,7 @@ from PIL import Image
 import runtime
 from classifier import Classifier, predict, train_classifier
 from data import DATA_DIR, DATASETS, Images, digest, has_class, load, parse_classes
-from formats import decode
+from formats import FORMATS, decode
 from images import empty_png_folder, framed, save_grid, save_png, to_float
 from sample import draw, open_model, sampling_flags
 
@@ -164,7 +164,7 @@ def read_images(folder: Path, image_channels: int, image_size: int) -> torch.Ten
     images = []
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(runtime.regular(path), formats=FORMATS) as image:
                 size = image.size
             images.append(torch.from_numpy(decode(path, image_size, image_channels).copy()))
         except Exception as error:    # Pillow raises whatever its readers do

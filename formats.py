@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from runtime import ranks, write_whole
+from runtime import ranks, regular, write_whole
 
 IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -59,13 +59,6 @@ TIMEOUT = 30    # seconds without a byte after which a download is given up
 
 # -----------------------------------------------------------------------------
 # published data sets
-
-def regular(path: Path) -> Path:
-    """-> path. Raises OSError where it is a FIFO or a device, which could be read for ever."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file: remove it, or put one in its place")
-    return path
-
 
 def load_idx(name: str, folder: Path) -> tuple:
     """Loads "mnist", or "fashion_mnist", which is downloaded the first time."""

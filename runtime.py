@@ -85,6 +85,13 @@ CHECKPOINT = set("args config counts ema loss_prior model n_summed optimizer pu_
                  "seconds step sums typical".split())    # what train.py saves
 
 
+def regular(path: Path) -> Path:
+    """-> path. Raises OSError where it is a FIFO or a device, which could be read for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file: remove it, or put one in its place")
+    return path
+
+
 def write_whole(path: Path, write, keep: Path = None):
     """Calls write(temporary path), then renames, so that path never holds half a file, even after
     a power cut. What it held before stays under the name `keep`, if that is given.
@@ -124,9 +131,7 @@ def load_verified(path: Path, kind: str = "a file of torch.save") -> object:
     """Reads what torch.save wrote, onto the CPU, and checks what torch.load does not: the checksums
     in this zip archive, and that all numbers are finite. kind: what it should be, for the error.
     Raises OSError where the file is missing, damaged, or something else."""
-    if path.exists() and not path.is_file():    # the end of a pipe may never come
-        raise OSError(f"{path} is not a file")
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 # No checksum covers external_attr, which is 0. With its bit 16, a folder's, tensors

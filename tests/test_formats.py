@@ -471,7 +471,8 @@ def test_any_name_can_be_reported_in_any_encoding(tmp_path):
     """A broken file and an ignored one, with names that ASCII, or even UTF-8, cannot hold."""
     folder = tmp_path / "фото"
     make_folder(folder, n=300)
-    names = [b"caf\xe9.png", b"a\nb\x1b[1m.png", b"x.\xff", "猫.png".encode(), "猫.фото".encode()]
+    names = [b"caf\xe9.png", b"a\nb\x1b[1m.png", b"x.\xff",
+             "猫.png".encode(), "猫.фото".encode()]
     for name in names:
         try:
             (folder / "unlabeled" / os.fsdecode(name)).write_bytes(b"broken")
