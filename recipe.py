@@ -153,7 +153,7 @@ def fill_in(args: argparse.Namespace, known: dict):
 # what a step takes
 
 def batch_composition(algorithm: str, batch_size: int, prior: float, n_unlabeled: int,
-                      n_labeled: int) -> tuple:
+                      n_labeled: int, micro_batches: int = 1) -> tuple:
     """How many images of U and of S a step takes -> n_u, n_s.
 
     "pu": the variance of E_U[l] - prior E_S[l] is smallest where the share of S is
@@ -161,7 +161,8 @@ def batch_composition(algorithm: str, batch_size: int, prior: float, n_unlabeled
     divide. A small S comes once a step at most, if it has a sixteenth: so it lasts for more steps.
     "supervised": S has its share of all images. Other algorithms do not see S.
     At most half of a batch is S, for each of its images is paired with one of U.
-    Raises ValueError for a prior of 1 or more, and where the batch is too small."""
+    Raises ValueError for a prior of 1 or more, and where the batch is too small, or its images
+    cannot be divided evenly among the micro-batches of all ranks."""
     n_s = 0
     if algorithm == "pu":
         if prior >= 1:
@@ -174,11 +175,15 @@ def batch_composition(algorithm: str, batch_size: int, prior: float, n_unlabeled
     n_s = min(n_s, batch_size // 2)
     if n_s == 0 and algorithm in ("pu", "supervised"):
         raise ValueError(f"--batch_size {batch_size} leaves no room for images of U and of S")
+    for n in [batch_size, n_s]:
+        if n % micro_batches:
+            raise ValueError(f"{n} images cannot be divided evenly among {micro_batches} "
+                             f"micro-batches: choose another --batch_size or --grad_accum")
     return batch_size - n_s, n_s
 
 
-def in_words(algorithm: str, prior: float, share_s: float, correction: str) -> str:
-    """What an algorithm minimises, as a formula. Arguments: of pu_loss and supervised_loss."""
+def formula(algorithm: str, prior: float, share_s: float, correction: str) -> str:
+    """What an algorithm minimises. Arguments: of pu_loss and supervised_loss."""
     sensitive = "E_S[-log(1 - exp(-l))]"
     if algorithm == "pu":
         difference = f"E_U[l] - {prior:.4g} E_S[l]"
@@ -187,6 +192,25 @@ def in_words(algorithm: str, prior: float, share_s: float, correction: str) -> s
     if algorithm == "supervised":
         return f"the supervised risk, {1 - share_s:.4g} E_U[l] + {share_s:.4g} {sensitive}"
     return "the ordinary diffusion loss, E_U[l]"
+
+
+def in_words(args: argparse.Namespace, n_u: int, n_s: int, pu_start: int, loss_prior: float,
+             share_s: float, s_passes: float) -> list:
+    """-> what each part of a run minimises, a line each. s_passes: over S, a step"""
+    lines = []
+    if pu_start:
+        lines.append(f"steps 1 to {pu_start} minimise {formula('unsupervised', 0, 0, '')}, on "
+                     f"{args.batch_size} images of U a step")
+    and_s = f" and {n_s} of S" if n_s else ""
+    lines.append(f"steps {pu_start + 1} to {args.max_steps} minimise "
+                 f"{formula(args.algorithm, loss_prior, share_s, args.correction)}, on {n_u} "
+                 f"images of U{and_s} a step")
+    passes = (args.max_steps - pu_start) * s_passes
+    if args.algorithm == "pu" and not args.recipe and passes > MAX_PASSES:
+        lines.append(f"S is small: its images come {passes:.0f} times each, and are learned by "
+                     f"heart. Raise --pu_start if the samples suffer, or sort U by pu_filter.py "
+                     f"and use --scores")
+    return lines
 
 
 # -----------------------------------------------------------------------------

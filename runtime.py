@@ -234,7 +234,8 @@ def lock_folder(folder: Path):
 
 def find_device(name: str = None) -> torch.device:
     """The device of that name; without a name cuda, else mps, else cpu. Under torchrun, each
-    process (rank) gets a device of its own, and NCCL, or gloo on CPUs, connects them.
+    process (rank) gets a device of its own, NCCL, or gloo on CPUs, connects them, and the first
+    prints for all.
     Raises ValueError where this machine has no such device."""
     torchrun = dist.is_available() and dist.is_torchelastic_launched()
     if name is None:
@@ -254,6 +255,8 @@ def find_device(name: str = None) -> torch.device:
                 dist.init_process_group("nccl", device_id=device, timeout=timeout)
             else:
                 dist.init_process_group("gloo", timeout=timeout)
+            if dist.get_rank() > 0:
+                sys.stdout = open(os.devnull, "w")
     except (RuntimeError, AssertionError, ImportError) as error:    # Assertion: torch without CUDA
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"--device {name} is not to be had here: {reason}") from None

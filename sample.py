@@ -104,8 +104,7 @@ def main():
             images = draw(args, model, diffusion, args.out_dir)
             if args.grid and rank == 0:
                 save_grid(images, args.grid)
-            if rank == 0:
-                print(f"{args.n} images, by {args.sampler}: {args.grid or args.out_dir}")
+            print(f"{args.n} images, by {args.sampler}: {args.grid or args.out_dir}")
         if world > 1:
             dist.destroy_process_group()
 

@@ -15,64 +15,36 @@ The flags, and their defaults, are in recipe.py.
 """
 import copy
 import math
-import os
 import sys
 import time
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import recipe
+import runtime
 from data import DATA_DIR, DATASETS, has_class, load, on_device, parse_classes, split
 from diffusion import GaussianDiffusion
 from images import join_pngs, save_grid, to_float, to_uint8
 from pretrained import load_pretrained
 from pu_filter import read_scores
 from pu_loss import limited, pu_loss, supervised_loss, unsupervised_loss
-from recipe import (
-    MAX_PASSES,
-    averaging,
-    batch_composition,
-    fill_in,
-    in_words,
-    learning_rate,
-    parse,
-    steps_before_pu,
-    train_flags,
-)
-from runtime import (
-    SignalWatch,
-    compiled,
-    default_dtype,
-    exit_status,
-    find_device,
-    first_rank_first,
-    lock_folder,
-    mean_over_ranks,
-    open_log,
-    random_state,
-    ranks,
-    save_whole,
-    say,
-    set_random_state,
-)
+from runtime import exit_status, mean_over_ranks, say
 from unet import UNet, UNetConfig, check, preset
 
 # -----------------------------------------------------------------------------
 # the flags, the device and its precision
 
-parser = train_flags(__doc__)
+parser = recipe.train_flags(__doc__)
 with exit_status(parser):
-    args, ckpt = parse(parser)
-    device = find_device(args.device)
-rank, world = ranks()
-if rank > 0:    # the first speaks, and writes, for all
-    sys.stdout = open(os.devnull, "w")
-args.dtype = args.dtype or default_dtype(device)
+    args, ckpt = recipe.parse(parser)
+    device = runtime.find_device(args.device)
+rank, world = runtime.ranks()
+args.dtype = args.dtype or runtime.default_dtype(device)
 if args.compile is None:
-    args.compile = device.type == "cuda" and find_spec("triton") is not None    # not on Windows
+    args.compile = device.type == "cuda"
 if device.type == "cuda":
     torch.set_float32_matmul_precision("high")    # TF32
 autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
@@ -87,12 +59,12 @@ with exit_status(parser):
         model = UNet(UNetConfig(**ckpt["config"]))
     elif args.init_from:
         hub_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
-        with first_rank_first():
+        with runtime.first_rank_first():
             model, diffusion = load_pretrained(args.init_from, hub_dir)
         known = dict(schedule=diffusion.schedule, prediction=diffusion.prediction)
         if "image_size" in DATASETS[args.dataset]:    # its images are resized to the model's size
             known |= dict(image_size=model.config.image_size, channels=model.config.image_channels)
-    fill_in(args, known)
+    recipe.fill_in(args, known)
 
 # -----------------------------------------------------------------------------
 # the data, how many images a step takes, and how many steps
@@ -100,7 +72,7 @@ with exit_status(parser):
 with exit_status(parser):
     if args.image_size and model is None:    # before images of that size are decoded
         check(preset(args.model, args.channels, args.image_size))
-    with first_rank_first():
+    with runtime.first_rank_first():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
                     args.n_labeled, args.seed)
@@ -121,22 +93,17 @@ with exit_status(parser):
     channels, size = images.shape[1:3]
 
     share_s = len(s) / (len(u) + len(s))    # for the supervised risk
-    n_u, n_s = batch_composition(args.algorithm, args.batch_size, loss_prior, *counts)
+    micro_batches = world * args.grad_accum    # a step, over all ranks
+    n_u, n_s = recipe.batch_composition(args.algorithm, args.batch_size, loss_prior, *counts,
+                                        micro_batches)
     if args.scores and len(s) < n_s:
         raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the {n_s} "
                          f"a step takes: they would be learned by heart. Use --algorithm "
                          f"unsupervised, or a larger --keep")
-    micro_batches = world * args.grad_accum    # a step, over all ranks
-    for n in [n_u, n_s, args.batch_size]:
-        if n % micro_batches:
-            raise ValueError(f"{n} images cannot be divided evenly among {world} ranks with "
-                             f"{args.grad_accum} micro-batches each: choose another --batch_size "
-                             f"or --grad_accum")
-
     if args.max_steps is None:
         args.max_steps = math.ceil(args.epochs * n_unlabeled / args.batch_size)
     s_passes = n_s / max(1, len(s))    # over S, a step
-    pu_start = ckpt["pu_start"] if ckpt else steps_before_pu(args, s_passes)
+    pu_start = ckpt["pu_start"] if ckpt else recipe.steps_before_pu(args, s_passes)
     if pu_start >= args.max_steps:
         raise ValueError(f"--pu_start {pu_start} leaves no step for the PU risk: --max_steps is "
                          f"{args.max_steps}")
@@ -171,7 +138,7 @@ if args.compile:
     x = torch.zeros(args.batch_size // micro_batches, channels, size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(len(x), dtype=torch.long, device=device)
-    per_image_loss = compiled(eager, lambda fast: fast(x, t, x.clone()).sum().backward())
+    per_image_loss = runtime.compiled(eager, lambda fast: fast(x, t, x.clone()).sum().backward())
     optimizer.zero_grad()
 
 # -----------------------------------------------------------------------------
@@ -188,16 +155,16 @@ if ckpt:
     if ckpt["typical"] is not None:
         typical = ckpt["typical"].to(device)
     sums = {name: value.to(device) for name, value in ckpt["sums"].items()}
-    set_random_state(ckpt["rng"], device)
+    runtime.set_random_state(ckpt["rng"], device)
 first_step, start = step, time.time()
-ckpt_path, log_path = args.out_dir / "ckpt.pt", args.out_dir / "log.csv"
+ckpt_path = args.out_dir / "ckpt.pt"
 
 with exit_status(parser):
     if rank == 0:
-        lock = lock_folder(args.out_dir)
-        log = open_log(log_path, ["step", "risk", "loss_u", "loss_s", "difference", "corrected",
-                                  "lr", "images_per_second", "seconds"], step)
-watch = SignalWatch()
+        lock = runtime.lock_folder(args.out_dir)
+        columns = "step risk loss_u loss_s difference corrected lr images_per_second seconds"
+        log = runtime.open_log(args.out_dir / "log.csv", columns.split(), step)
+watch = runtime.SignalWatch()
 
 def check_finite():
     """So that no checkpoint is overwritten with a broken one."""
@@ -212,8 +179,8 @@ def save_checkpoint():
     state = {name: module.state_dict() for name, module in modules.items()}
     state |= dict(config=asdict(config), args=plain_args, loss_prior=loss_prior, pu_start=pu_start,
                   typical=typical, counts=counts, step=step, sums=sums, n_summed=n_summed,
-                  rng=random_state(device), seconds=seconds + time.time() - start)
-    save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
+                  rng=runtime.random_state(device), seconds=seconds + time.time() - start)
+    runtime.save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
 
 def save_samples(path):
     generator = torch.Generator(device).manual_seed(args.seed)    # training keeps its own numbers
@@ -265,9 +232,8 @@ def accumulate_gradients(batch, sizes, negative=None):
     -> {name: mean over the micro-batches} for the log
     """
     means = {}
-    n_u = sizes[0]
     for first in range(rank, micro_batches, world):
-        micro_batch = {name: torch.cat([x[first:n_u:micro_batches], x[n_u + first::micro_batches]])
+        micro_batch = {name: torch.cat([part[first::micro_batches] for part in x.split(sizes)])
                        for name, x in batch.items()}
         x_0, t = read_images(micro_batch["index"]), micro_batch["t"]
         if args.hflip:
@@ -279,23 +245,19 @@ def accumulate_gradients(batch, sizes, negative=None):
         split_sizes = [n // micro_batches for n in sizes]
         loss_u, loss_s = capped.split(split_sizes)
 
-        found = {}
+        names_and_losses = zip(["loss_u", "loss_s"], loss.split(split_sizes))
+        found = {name: losses.mean() for name, losses in names_and_losses if len(losses) > 0}
         if len(loss_s) == 0:
-            risk = unsupervised_loss(loss_u)
+            found["risk"] = unsupervised_loss(loss_u)
         elif args.algorithm == "supervised":
-            risk = supervised_loss(loss_u, loss_s, share_s)
+            found["risk"] = supervised_loss(loss_u, loss_s, share_s)
         else:
             found["difference"] = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
             if negative is None:
                 negative = mean_over_ranks(found["difference"]) < 0
-            risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, negative)
             found["corrected"] = negative * (args.correction != "none")
-        scaler.scale(risk / args.grad_accum).backward()
-
-        found["risk"] = risk
-        for name, losses in zip(["loss_u", "loss_s"], loss.split(split_sizes)):
-            if len(losses) > 0:
-                found[name] = losses.mean()
+            found["risk"] = pu_loss(loss_u, loss_s, loss_prior, args.correction, negative)
+        scaler.scale(found["risk"] / args.grad_accum).backward()
         for name, value in found.items():
             means[name] = means.get(name, 0) + value.detach() / args.grad_accum
     return means
@@ -318,7 +280,7 @@ def take_step(batch, sizes):
     scaler.update()
     optimizer.zero_grad()
     with torch.no_grad():
-        decay = averaging(args, step, pu_start)
+        decay = recipe.averaging(args, step, pu_start)
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return means
 
@@ -332,21 +294,10 @@ say(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4
 if args.scores or args.algorithm == "oracle":
     say(f"training is shown {len(u):,} images of U and {len(s):,} of S, by "
         f"{args.scores or 'labels that nobody has'}")
-if pu_start:
-    say(f"steps 1 to {pu_start} minimise the ordinary diffusion loss, E_U[l], on "
-        f"{args.batch_size} images of U a step")
-and_s = f" and {n_s} of S" if n_s else ""
-say(f"steps {pu_start + 1} to {args.max_steps} minimise "
-    f"{in_words(args.algorithm, loss_prior, share_s, args.correction)}, on {n_u} images of U"
-    f"{and_s} a step")
+for line in recipe.in_words(args, n_u, n_s, pu_start, loss_prior, share_s, s_passes):
+    say(line)
 if use_limit:
     say(f"in the PU risk, l is capped at {args.limit:g} times its mean on U at the same timestep")
-passes = (args.max_steps - pu_start) * s_passes
-if args.algorithm == "pu" and not args.recipe and passes > MAX_PASSES:
-    say(f"S is small: its images come {passes:.0f} times each, and are learned by heart. Raise "
-        f"--pu_start if the samples suffer, or sort U by pu_filter.py and use --scores")
-if micro_batches > 1:
-    say(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
 say(f"{args.model or args.init_from} U-Net of "
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
     f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "
@@ -361,7 +312,7 @@ if step >= args.max_steps:
 with exit_status(parser, user_errors=False):
     while step < args.max_steps:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, pu_start)
+            group["lr"] = recipe.learning_rate(args, step, pu_start)
         sizes = (n_u, n_s) if step >= pu_start else (args.batch_size, 0)
         if use_limit and step >= pu_start and typical is None:
             typical = typical_losses()

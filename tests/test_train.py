@@ -405,7 +405,7 @@ def test_a_finished_run_has_nothing_left_to_do(small_run, tmp_path):
     (["--keep", "0.4"], "--keep needs --scores"),
     (["--batch_size", "1"], "--batch_size 1 leaves no room"),
     (["--batch_size", "30", "--grad_accum", "4"],
-     "10 images cannot be divided evenly among 1 ranks with 4 micro-batches each"),
+     "30 images cannot be divided evenly among 4 micro-batches"),
     (["--grad_clip", "0"], "--grad_clip: 0 is not a positive number, or inf"),
     (["--seed", "99999999999999999999"], "--seed: 99999999999999999999 does not fit in 64 bits"),
     (["--device", "banana"], "--device banana is not to be had here"),
