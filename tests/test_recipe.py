@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from recipe import averaging, batch_composition, in_words, learning_rate, steps_before_pu
+from recipe import (
+    averaging,
+    batch_composition,
+    formula,
+    in_words,
+    learning_rate,
+    steps_before_pu,
+)
 
 
 def wishes(**others):
@@ -82,9 +89,19 @@ def test_the_composition_of_other_batches():
 
 
 def test_the_risk_in_words():
-    assert in_words("pu", 1 / 11, 0.5, "abs") == (
+    assert formula("pu", 1 / 11, 0.5, "abs") == (
         "the PU risk, 0.09091 E_S[-log(1 - exp(-l))] + |E_U[l] - 0.09091 E_S[l]|")
-    assert in_words("pu", 0.5, 0.5, "none").endswith("+ E_U[l] - 0.5 E_S[l]")
-    assert in_words("supervised", 0.5, 0.1, "abs") == (
+    assert formula("pu", 0.5, 0.5, "none").endswith("+ E_U[l] - 0.5 E_S[l]")
+    assert formula("supervised", 0.5, 0.1, "abs") == (
         "the supervised risk, 0.9 E_U[l] + 0.1 E_S[-log(1 - exp(-l))]")
-    assert in_words("oracle", 0.5, 0.1, "abs") == "the ordinary diffusion loss, E_U[l]"
+    assert formula("oracle", 0.5, 0.1, "abs") == "the ordinary diffusion loss, E_U[l]"
+
+
+def test_each_part_of_a_run_in_words():
+    args = wishes(recipe=None, correction="abs")
+    first, second = in_words(args, 80, 48, 2000, 0.5, 0.05, 48 / 2500)
+    assert first == ("steps 1 to 2000 minimise the ordinary diffusion loss, E_U[l], on 128 images "
+                     "of U a step")
+    assert second == ("steps 2001 to 4000 minimise the PU risk, 0.5 E_S[-log(1 - exp(-l))] + "
+                      "|E_U[l] - 0.5 E_S[l]|, on 80 images of U and 48 of S a step")
+    assert "come 96 times each" in in_words(args, 80, 48, 2000, 0.5, 0.05, 48 / 1000)[-1]
