@@ -28,7 +28,17 @@ import torch
 import torch.nn.functional as F
 
 from classifier import Classifier, predict, train_classifier
-from data import DATASETS, Images, data_flags, digest, has_class, load, parse_classes, split
+from data import (
+    DATASETS,
+    Images,
+    data_flags,
+    digest,
+    has_class,
+    known_prior,
+    load,
+    parse_classes,
+    split,
+)
 from images import save_grids, to_float
 from runtime import exit_status, find_device, load_verified, positive, ranks, save_whole
 
@@ -159,9 +169,10 @@ def main():
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--out_dir", type=Path, help="(default: out/filter-DATASET-PRIOR)")
     args = parser.parse_args()
-    out_dir = args.out_dir or Path("out") / f"filter-{args.dataset}-{args.prior:.4g}"
-    path = out_dir / "scores.pt"
     with exit_status(parser):
+        args.prior = known_prior(args.dataset, args.prior)
+        out_dir = args.out_dir or Path("out") / f"filter-{args.dataset}-{args.prior:.4g}"
+        path = out_dir / "scores.pt"
         device = find_device(args.device)
         if ranks()[1] > 1:
             raise ValueError("pu_filter.py is one process, not for torchrun")

@@ -6,7 +6,7 @@ import math
 from collections import ChainMap
 from pathlib import Path
 
-from data import DATASETS, data_flags
+from data import DATASETS, data_flags, known_prior
 from runtime import (
     below_one,
     count,
@@ -103,7 +103,8 @@ def parse(parser: argparse.ArgumentParser) -> tuple:
     args = parser.parse_args()
     if args.out_dir is None:
         kind = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
-        words = [args.dataset, args.algorithm, f"{args.prior:.4g}", *kind]
+        prior = known_prior(args.dataset, args.prior)
+        words = [args.dataset, args.algorithm, f"{prior:.4g}", *kind]
         args.out_dir = Path("out", "-".join(words))
     paths = [args.out_dir / name for name in ["ckpt.pt", "ckpt_prev.pt"]]
     exists = any(path.exists() for path in paths)
@@ -127,6 +128,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple:
     if args.algorithm == "oracle" and (args.scores or args.dataset == "folder"):
         raise ValueError("--algorithm oracle needs the labels of U: it goes with neither a folder "
                          "nor --scores")
+    args.prior = known_prior(args.dataset, args.prior)
     return args, ckpt
 
 
