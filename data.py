@@ -18,7 +18,7 @@ import torch
 
 from formats import CELEBA_ATTRIBUTES, load_celeba, load_folder, load_idx, load_records
 from images import numbered, save_grid, save_grids
-from runtime import exit_status, fraction, int64, positive
+from runtime import absolute, exit_status, fraction, int64, positive
 
 DATA_DIR = Path(__file__).parent / "data"
 MAX_ON_DEVICE = 2 ** 29    # bytes of images; more stay in their file
@@ -205,7 +205,7 @@ def on_device(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor,
 def data_flags(parser):
     """Adds the flags that choose U and S."""
     parser.add_argument("--dataset", default="mnist", choices=DATASETS, help="(default: mnist)")
-    parser.add_argument("--data_dir", type=Path, default=DATA_DIR,
+    parser.add_argument("--data_dir", type=absolute, default=DATA_DIR,
                         help="folder of mnist/ and the others, or of unlabeled/ and sensitive/")
     parser.add_argument("--image_size", type=positive, help="pixels (folder: 32, celeba: 256)")
     parser.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour (default: 3)")

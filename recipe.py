@@ -8,6 +8,8 @@ from pathlib import Path
 
 from data import DATASETS, data_flags, known_prior
 from runtime import (
+    absolute,
+    absolute_or_name,
     below_one,
     count,
     device_flags,
@@ -32,7 +34,7 @@ PAPER = dict(model="paper", schedule="linear", prediction="eps", lr=1e-4, warmup
 FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs=20, pu_start=0)
 
 MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
-              "max_steps", "data_dir", "out_dir", "resume"}    # on --resume
+              "max_steps", "data_dir", "scores", "out_dir", "resume"}    # on --resume
 
 MAX_PASSES = 60    # over S: more, and it is learned by heart
 
@@ -60,13 +62,14 @@ def train_flags(description: str) -> argparse.ArgumentParser:
         help="l is capped at this multiple of its mean on U (default: 3; none where a new network "
              "begins with the PU risk)")
     add("--loss_prior", type=fraction, help="a wrong prior, to study (default: --prior)")
-    add("--scores", type=Path, help="of pu_filter.py: leave out what scores high")
+    add("--scores", type=absolute, help="of pu_filter.py: leave out what scores high")
     add("--keep", type=fraction,
         help="with --scores: the fraction of U to keep (default: 0.9 (1 - prior))")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(PRESETS), help="network (default: the data set's)")
-    add("--init_from", help="ckpt.pt, a diffusers folder, or a name on the hub")
+    add("--init_from", type=absolute_or_name,
+        help="ckpt.pt, a diffusers folder, or a name on the hub")
     add("--schedule", choices=["linear", "cosine", "lognormal"],
         help="noise schedule (default: the model's)")
     add("--prediction", choices=["eps", "v"],

@@ -377,6 +377,16 @@ def ratio(text: str) -> float:
     return float(numerator) / float(denominator or 1)
 
 
+def absolute(text: str) -> Path:
+    """The path of what exists, or is to exist, from wherever the run is resumed."""
+    return Path(os.path.realpath(text))
+
+
+def absolute_or_name(text: str) -> str:
+    """The same for what is here; any other text, as a name on the hub, stays as it is."""
+    return os.path.realpath(text) if os.path.exists(text) else text
+
+
 positive = argument_type(int, lambda n: 1 <= n < 2 ** 31,
                          "{} is not a positive whole number, or is too large")
 count = argument_type(int, lambda n: 0 <= n < 2 ** 31,

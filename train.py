@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import DATA_DIR, DATASETS, has_class, load, on_device, parse_classes, split
+from data import DATA_DIR, DATASETS, digest, has_class, load, on_device, parse_classes, split
 from diffusion import GaussianDiffusion
 from images import join_pngs, save_grid, to_float, to_uint8
 from pretrained import load_pretrained
@@ -113,15 +113,16 @@ with exit_status(parser):
         u, s = read_scores(args.scores, data, u, s, args.keep)
         # P(sensitive | kept) by Bayes: S is kept as often as the sensitive images in U
         loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)
-    counts = [len(u), len(s)]
+    some = torch.cat([index[::1 + len(index) // 500] for index in (u, s)])    # large data are slow
+    counts = [len(u), len(s), digest(data.train[some])[:8]]
     if ckpt and ckpt["counts"] != counts:
-        raise OSError(f"U and S had {ckpt['counts']} images when the run began, now {counts}: "
-                      f"{args.scores or args.data_dir} has changed")
+        raise OSError(f"the images of U, of S, and their checksum were {ckpt['counts']} when the "
+                      f"run began, now {counts}: {args.scores or args.data_dir} has changed")
     images, u, s = on_device(data.train, u, s, device)    # u and s: numbers of images
     channels, size = images.shape[1:3]
 
     share_s = len(s) / (len(u) + len(s))    # for the supervised risk
-    n_u, n_s = batch_composition(args.algorithm, args.batch_size, loss_prior, *counts)
+    n_u, n_s = batch_composition(args.algorithm, args.batch_size, loss_prior, len(u), len(s))
     if args.scores and len(s) < n_s:
         raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the {n_s} "
                          f"a step takes: they would be learned by heart. Use --algorithm "

@@ -149,12 +149,17 @@ def test_a_folder_is_trained_on_and_sampled(tmp_path):
     assert words in trained.stdout
     run("train.py", "--dataset", "folder", "--out_dir", tmp_path / "run", "--resume",
         "--max_steps", 5)    # --prior is known
-    (tmp_path / "images" / "unlabeled" / "a" / "0000.png").unlink()
-    changed = run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 6,
-                  check=False)
-    assert changed.returncode == 1
-    words = f"when the run began, now [198, 50]: {tmp_path / 'images'} has changed"
-    assert words in changed.stderr.splitlines()[-1]
+    resume = ["train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 6]
+    first = tmp_path / "images" / "unlabeled" / "a" / "0000.png"
+    Image.open(first).rotate(180).save(first)
+    for n_unlabeled in [199, 198]:    # another image, then none
+        changed = run(*resume, check=False)
+        assert changed.returncode == 1
+        line = changed.stderr.splitlines()[-1]
+        assert "U, of S, and their checksum were [199, 50, '" in line
+        assert f"when the run began, now [{n_unlabeled}, 50, '" in line
+        assert line.endswith(f"{tmp_path / 'images'} has changed")
+        first.unlink(missing_ok=True)
     load("folder", tmp_path / "images", image_size=31)    # so that train.py has nothing to decode
     refused(2, "image size 31 cannot be halved evenly", "train.py", *flags, "--model", "paper",
             "--image_size", 31, "--out_dir", tmp_path / "other")

@@ -187,6 +187,15 @@ def test_a_function_that_does_not_compile_is_returned_as_it_is(capsys):
     assert "torch.compile fails here: no compiler" in capsys.readouterr().out
 
 
+def test_paths_are_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert runtime.absolute("here/../new") == tmp_path / "new"
+    assert runtime.absolute_or_name("here") == str(tmp_path / "here")
+    for name in ["google/ddpm-cifar10-32", "a" * 5000]:
+        assert runtime.absolute_or_name(name) == name
+
+
 @pytest.mark.parametrize("name, good, bad, sentence", [
     ("positive", {"1": 1, "128": 128}, ["0", "-3", "1.5", "x", "1e400", str(2 ** 31)],
      "0 is not a positive whole number, or is too large"),
