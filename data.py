@@ -18,7 +18,7 @@ import torch
 
 from formats import CELEBA_ATTRIBUTES, load_celeba, load_folder, load_idx, load_records
 from images import numbered, save_grid, save_grids
-from runtime import absolute, exit_status, fraction, int64, positive
+from runtime import absolute, exit_status, fraction, int64, positive, say
 
 DATA_DIR = Path(__file__).parent / "data"
 MAX_ON_DEVICE = 2 ** 29    # bytes of images; more stay in their file
@@ -230,25 +230,25 @@ def main():
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
         u, s, test_normal = split(args.dataset, data, args.sensitive, args.prior,
                                   args.n_unlabeled, args.n_labeled, args.seed)
-        print(f"{args.dataset}: {len(data.train):,} training images {tuple(data.train[0].shape)}; "
-              f"U has {len(u):,}, S has {len(s):,}; {len(test_normal):,} normal test images")
+        say(f"{args.dataset}: {len(data.train):,} training images {tuple(data.train[0].shape)}; "
+            f"U has {len(u):,}, S has {len(s):,}; {len(test_normal):,} normal test images")
         if args.dataset != "folder":    # whose fraction of sensitive images in U is not known
             defaults = DATASETS[args.dataset]
             classes = parse_classes(args.dataset, args.sensitive or defaults["sensitive"])
             names = ", ".join(defaults["classes"][i] for i in classes)
             n_hidden = int(has_class(data.train_labels[u], classes).sum())
-            print(f"sensitive: {names}; in U: {n_hidden:,}, which is {n_hidden / len(u):.4g} of it")
+            say(f"sensitive: {names}; in U: {n_hidden:,}, which is {n_hidden / len(u):.4g} of it")
         torch.manual_seed(args.seed)
         if args.dataset == "folder":
             some = u[torch.randperm(len(u))[:400]]
             save_grid(numbered(data.train[some]), args.preview)
-            print(f"{args.preview}: {len(some)} random images of U. Count the sensitive ones: "
-                  f"--prior is their number divided by {len(some)}. Its standard error is "
-                  f"{0.5 / len(some) ** 0.5:.2g} at most")
+            say(f"{args.preview}: {len(some)} random images of U. Count the sensitive ones: "
+                f"--prior is their number divided by {len(some)}. Its standard error is "
+                f"{0.5 / len(some) ** 0.5:.2g} at most")
             return
         some = [index[torch.randperm(len(index))[:64]] for index in (u, s)]
         save_grids([data.train[index] for index in some], args.preview)
-        print(f"{args.preview}: U on the left, S on the right")
+        say(f"{args.preview}: U on the left, S on the right")
 
 
 if __name__ == "__main__":

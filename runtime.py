@@ -28,6 +28,8 @@ def exit_status(parser: argparse.ArgumentParser, user_errors: bool = True):
     """Ends the script with one sentence instead of a traceback: with exit status 2 for ValueError
     (a wish that cannot be granted), with 1 for OSError (a bad file or machine), too little memory,
     and Ctrl-C. user_errors: False where a ValueError is a bug, and keeps its traceback."""
+    with suppress(AttributeError):    # a stdout that is no file
+        sys.stdout.reconfigure(errors="backslashreplace")    # names that it cannot encode
     try:
         yield
     except ValueError as error:
@@ -46,11 +48,11 @@ def exit_status(parser: argparse.ArgumentParser, user_errors: bool = True):
 
 
 def say(text: str):
-    """Prints a line at once. Once nobody reads it any more, as in `train.py | head -1`, the line is
-    lost, but the program goes on."""
+    """Prints a line at once. Once nobody reads it any more, as in `train.py | head -1`, or the disk
+    is full, this line and all others are lost, but the program goes on."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

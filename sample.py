@@ -97,7 +97,7 @@ def main():
             if any(args.save_diffusers.glob("*")):
                 raise ValueError(f"--save_diffusers {args.save_diffusers} is not empty")
             save_pretrained(model, diffusion, args.save_diffusers)
-            print(f"{args.save_diffusers}: the model, in the diffusers format")
+            runtime.say(f"{args.save_diffusers}: the model, in the diffusers format")
         if args.grid:
             args.grid.parent.mkdir(parents=True, exist_ok=True)    # fails now, not after sampling
         if args.grid or args.out_dir:
@@ -105,7 +105,7 @@ def main():
             if args.grid and rank == 0:
                 save_grid(images, args.grid)
             if rank == 0:
-                print(f"{args.n} images, by {args.sampler}: {args.grid or args.out_dir}")
+                runtime.say(f"{args.n} images, by {args.sampler}: {args.grid or args.out_dir}")
         if world > 1:
             dist.destroy_process_group()
 

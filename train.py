@@ -69,7 +69,7 @@ with exit_status(parser):
     device = find_device(args.device)
 rank, world = ranks()
 if rank > 0:    # the first speaks, and writes, for all
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w", errors="replace")
 args.dtype = args.dtype or default_dtype(device)
 if args.compile is None:
     args.compile = device.type == "cuda" and find_spec("triton") is not None    # not on Windows

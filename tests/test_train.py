@@ -466,8 +466,9 @@ def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
     mine, there = tmp_path / "mine", tmp_path / "there"
     make_folder(mine / "images", n=40)
     there.mkdir()
-    mini = ["--dataset", "folder", "--device", "cpu", "--batch_size", 16, "--max_steps", 1]
-    images = data.load("folder", mine / "images")
+    mini = ["--dataset", "folder", "--image_size", 8, "--device", "cpu", "--dtype", "float32",
+            "--batch_size", 16, "--max_steps", 1]
+    images = data.load("folder", mine / "images", 8)
     u, s, _ = data.split("folder", images)
     torch.save(dict(u=u, s=s, z_u=torch.arange(40.), z_s=4 * torch.arange(10.),
                     images=data.digest(images.train)), mine / "scores.pt")
