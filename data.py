@@ -245,10 +245,10 @@ def main():
             say(f"{args.preview}: {len(some)} random images of U. Count the sensitive ones: "
                 f"--prior is their number divided by {len(some)}. Its standard error is "
                 f"{0.5 / len(some) ** 0.5:.2g} at most")
-            return
-        some = [index[torch.randperm(len(index))[:64]] for index in (u, s)]
-        save_grids([data.train[index] for index in some], args.preview)
-        say(f"{args.preview}: U on the left, S on the right")
+        else:
+            some = [index[torch.randperm(len(index))[:64]] for index in (u, s)]
+            save_grids([data.train[index] for index in some], args.preview)
+            say(f"{args.preview}: U on the left, S on the right")
 
 
 if __name__ == "__main__":

@@ -380,12 +380,12 @@ def ratio(text: str) -> float:
 
 
 def absolute(text: str) -> Path:
-    """The path of what exists, or is to exist, from wherever the run is resumed."""
+    """A path that still holds where a run is resumed from another folder."""
     return Path(os.path.realpath(text))
 
 
 def absolute_or_name(text: str) -> str:
-    """The same for what is here; any other text, as a name on the hub, stays as it is."""
+    """The same for what exists; other text, such as a name on the hub, stays as it is."""
     return os.path.realpath(text) if os.path.exists(text) else text
 
 

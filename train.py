@@ -69,7 +69,7 @@ with exit_status(parser):
     device = find_device(args.device)
 rank, world = ranks()
 if rank > 0:    # the first speaks, and writes, for all
-    sys.stdout = open(os.devnull, "w", errors="replace")
+    sys.stdout = open(os.devnull, "w")
 args.dtype = args.dtype or default_dtype(device)
 if args.compile is None:
     args.compile = device.type == "cuda" and find_spec("triton") is not None    # not on Windows
@@ -113,7 +113,7 @@ with exit_status(parser):
         u, s = read_scores(args.scores, data, u, s, args.keep)
         # P(sensitive | kept) by Bayes: S is kept as often as the sensitive images in U
         loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)
-    some = torch.cat([index[::1 + len(index) // 500] for index in (u, s)])    # large data are slow
+    some = torch.cat([index[::1 + len(index) // 500] for index in (u, s)])    # enough, and quick
     counts = [len(u), len(s), digest(data.train[some])[:8]]
     if ckpt and ckpt["counts"] != counts:
         raise OSError(f"the images of U, of S, and their checksum were {ckpt['counts']} when the "
