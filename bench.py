@@ -29,7 +29,7 @@ from images import to_float
 from pretrained import describe
 from pu_loss import pu_loss
 from recipe import batch_composition
-from runtime import compiled, default_dtype, device_flags, exit_status, find_device, positive, ranks
+from runtime import compiled, device_flags, exit_status, find_device, positive, ranks, set_precision
 from unet import PRESETS, UNet, preset
 
 parser = argparse.ArgumentParser(
@@ -63,13 +63,7 @@ with exit_status(parser):
             raise OSError("--against diffusers needs that library: pip install diffusers") from None
 
 on_cuda = device.type == "cuda"
-if args.compile is None:
-    args.compile = on_cuda
-if on_cuda:
-    torch.set_float32_matmul_precision("high")
-args.dtype = args.dtype or default_dtype(device)
-dtype = getattr(torch, args.dtype)
-autocast = torch.autocast(device.type, dtype, enabled=args.dtype != "float32")
+autocast = set_precision(args, device)
 batch_size, shape = args.batch_size, (args.channels, args.image_size, args.image_size)
 torch.manual_seed(0)
 
@@ -138,7 +132,7 @@ else:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
-matrix = torch.randn(size, size, device=device, dtype=dtype)
+matrix = torch.randn(size, size, device=device, dtype=getattr(torch, args.dtype))
 functions = {
     "matmul": lambda: matrix @ matrix, "forward": lambda: loss_fn(*batch()),
     "forward+backward": forward_backward, "train": train, "sample": sample,

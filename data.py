@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from formats import CELEBA_ATTRIBUTES, load_celeba, load_folder, load_idx, load_records
-from images import save_grids
-from runtime import exit_status, fraction, int64, positive
+from images import numbered, save_grid, save_grids
+from runtime import absolute, exit_status, fraction, int64, positive, say
 
 DATA_DIR = Path(__file__).parent / "data"
 MAX_ON_DEVICE = 2 ** 29    # bytes of images; more stay in their file
@@ -161,7 +161,17 @@ def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_la
     return u, s, (~has_class(data.test_labels, sensitive)).nonzero()[:, 0]
 
 
-def split(name: str, data: Images, sensitive: str = None, prior: float = 0.5,
+def known_prior(name: str, prior: float = None) -> float:
+    """-> prior, or the data set's default. Raises ValueError for a folder, where a guess would
+    silently train something else."""
+    if name == "folder" and prior is None:
+        raise ValueError("--dataset folder needs --prior, the fraction of sensitive images in "
+                         "unlabeled/: count them among the 400 that `python data.py --dataset "
+                         "folder --data_dir ...` shows")
+    return prior or 0.5
+
+
+def split(name: str, data: Images, sensitive: str = None, prior: float = None,
           n_unlabeled: int = None, n_labeled: int = None, seed: int = 0) -> tuple:
     """pu_split, with the data set's defaults for what is None.
 
@@ -173,6 +183,7 @@ def split(name: str, data: Images, sensitive: str = None, prior: float = 0.5,
         return u, s, torch.arange(len(data.test))
     defaults = DATASETS[name]
     classes = parse_classes(name, sensitive or defaults["sensitive"])
+    prior = known_prior(name, prior)
     n_unlabeled = n_unlabeled or round(defaults["n_normal"] / (1 - prior))
     return pu_split(data, classes, prior, n_unlabeled, n_labeled or defaults["n_labeled"], seed)
 
@@ -194,13 +205,14 @@ def on_device(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor,
 def data_flags(parser):
     """Adds the flags that choose U and S."""
     parser.add_argument("--dataset", default="mnist", choices=DATASETS, help="(default: mnist)")
-    parser.add_argument("--data_dir", type=Path, default=DATA_DIR,
+    parser.add_argument("--data_dir", type=absolute, default=DATA_DIR,
                         help="folder of mnist/ and the others, or of unlabeled/ and sensitive/")
     parser.add_argument("--image_size", type=positive, help="pixels (folder: 32, celeba: 256)")
     parser.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour (default: 3)")
     parser.add_argument("--sensitive", help="classes or groups, with commas (mnist: odd)")
-    parser.add_argument("--prior", type=fraction, default=0.5,
-                        help="fraction of sensitive images in U, as 0.5 or 1/11 (default: 0.5)")
+    parser.add_argument("--prior", type=fraction,
+                        help="fraction of sensitive images in U, as 1/11 (default: 0.5; a folder "
+                             "needs it)")
     parser.add_argument("--n_unlabeled", type=positive, help="images in U (default: by data set)")
     parser.add_argument("--n_labeled", type=positive, help="images in S (default: by data set)")
     parser.add_argument("--seed", type=int64, default=0, help="of all random draws (default: 0)")
@@ -211,24 +223,32 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data_flags(parser)
     parser.add_argument("--preview", type=Path, default="preview.png",
-                        help="PNG to write: images of U and S (default: preview.png)")
+                        help="PNG to write: images of U and S; of a folder, 400 of U to count on "
+                             "(default: preview.png)")
     args = parser.parse_args()
     with exit_status(parser):
         data = load(args.dataset, args.data_dir, args.image_size, args.channels)
         u, s, test_normal = split(args.dataset, data, args.sensitive, args.prior,
                                   args.n_unlabeled, args.n_labeled, args.seed)
-        print(f"{args.dataset}: {len(data.train):,} training images {tuple(data.train[0].shape)}; "
-              f"U has {len(u):,}, S has {len(s):,}; {len(test_normal):,} normal test images")
+        say(f"{args.dataset}: {len(data.train):,} training images {tuple(data.train[0].shape)}; "
+            f"U has {len(u):,}, S has {len(s):,}; {len(test_normal):,} normal test images")
         if args.dataset != "folder":    # whose fraction of sensitive images in U is not known
             defaults = DATASETS[args.dataset]
             classes = parse_classes(args.dataset, args.sensitive or defaults["sensitive"])
             names = ", ".join(defaults["classes"][i] for i in classes)
             n_hidden = int(has_class(data.train_labels[u], classes).sum())
-            print(f"sensitive: {names}; in U: {n_hidden:,}, which is {n_hidden / len(u):.4g} of it")
+            say(f"sensitive: {names}; in U: {n_hidden:,}, which is {n_hidden / len(u):.4g} of it")
         torch.manual_seed(args.seed)
-        some = [index[torch.randperm(len(index))[:64]] for index in (u, s)]
-        save_grids([data.train[index] for index in some], args.preview)
-        print(f"{args.preview}: U on the left, S on the right")
+        if args.dataset == "folder":
+            some = u[torch.randperm(len(u))[:400]]
+            save_grid(numbered(data.train[some]), args.preview)
+            say(f"{args.preview}: {len(some)} random images of U. Count the sensitive ones: "
+                f"--prior is their number divided by {len(some)}. Its standard error is "
+                f"{0.5 / len(some) ** 0.5:.2g} at most")
+        else:
+            some = [index[torch.randperm(len(index))[:64]] for index in (u, s)]
+            save_grids([data.train[index] for index in some], args.preview)
+            say(f"{args.preview}: U on the left, S on the right")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def evaluate(args: argparse.Namespace):
         normal = data.test[~has_class(data.test_labels, sensitive)]
         for i, image in enumerate(normal):
             save_png(image, args.export_real / f"{i:05d}.png")
-        print(f"{len(normal)} real test normals: {args.export_real}")
+        runtime.say(f"{len(normal)} real test normals: {args.export_real}")
         return
     if ckpt:
         model, diffusion = open_model(ckpt, device)
@@ -226,14 +226,15 @@ def evaluate(args: argparse.Namespace):
     figures = dict(dataset=name, sensitive=sensitive, **trained, n=len(images),
                    sampler=args.sampler if ckpt else None, steps=args.steps if ckpt else None,
                    seed=args.seed, **figures, classifier_accuracy=accuracy)
-    print(REPORT.format(**figures))
+    runtime.say(REPORT.format(**figures))
     for i, count in enumerate(figures["classes"]):
         bar = "#" * round(40 * count / max(1, *figures["classes"]))
         mark = "sensitive" if i in sensitive else ""
         if count or data.test_labels.ndim == 1:    # of the attributes of faces, those that occur
-            print(f"{info['classes'][i]:>20} {mark:9} {count:6d} {bar}")
-    print(f"{out_dir / 'evaluation.png'}: up to 100 images, those judged sensitive framed in red")
-    print(json.dumps(figures), flush=True)    # before anything fails
+            runtime.say(f"{info['classes'][i]:>20} {mark:9} {count:6d} {bar}")
+    runtime.say(f"{out_dir / 'evaluation.png'}: up to 100 images, those judged sensitive framed in "
+                f"red")
+    runtime.say(json.dumps(figures))    # before anything fails
     save_grid(framed(images[:100], is_sensitive[:100]), out_dir / "evaluation.png")
 
 

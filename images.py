@@ -5,10 +5,11 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from runtime import write_whole
 
@@ -23,12 +24,17 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_png(image: torch.Tensor, path: Path):
-    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as PNG whatever the path's suffix."""
+def picture(image: torch.Tensor) -> Image.Image:
+    """An image, uint8 [C, H, W] with 1 or 3 channels -> Pillow's form of it."""
     pixels = rearrange(image.cpu(), "c h w -> h w c").numpy()    # einops by torch: no recompiling
     if pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]    # Pillow's form of a grey image
-    Image.fromarray(pixels).save(path, format="PNG")
+    return Image.fromarray(pixels)
+
+
+def save_png(image: torch.Tensor, path: Path):
+    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as PNG whatever the path's suffix."""
+    picture(image).save(path, format="PNG")
 
 
 def empty_png_folder(folder: Path, flag: str):
@@ -75,6 +81,18 @@ def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
     frames[marked.cpu(), 1:] = 0    # red: no green, no blue
     frames[:, :, 2:-2, 2:-2] = images.cpu()
     return frames
+
+
+def numbered(images: torch.Tensor) -> torch.Tensor:
+    """Images [N, C, H, W] -> [N, 3, 108, 96], all uint8: resized to 96 pixels, each with its number
+    above it, from 1."""
+    tiles = []
+    for number, image in enumerate(images, start=1):
+        tile = picture(image).convert("RGB").resize((96, 96))
+        tile = ImageOps.expand(tile, (0, 12, 0, 0), "white")
+        ImageDraw.Draw(tile).text((1, 0), str(number), "black")
+        tiles.append(torch.from_numpy(np.array(tile)))
+    return rearrange(torch.stack(tiles), "n h w c -> n c h w")
 
 
 def join_pngs(paths: list, path: Path):

@@ -28,9 +28,19 @@ import torch
 import torch.nn.functional as F
 
 from classifier import Classifier, predict, train_classifier
-from data import DATASETS, Images, data_flags, digest, has_class, load, parse_classes, split
+from data import (
+    DATASETS,
+    Images,
+    data_flags,
+    digest,
+    has_class,
+    known_prior,
+    load,
+    parse_classes,
+    split,
+)
 from images import save_grids, to_float
-from runtime import exit_status, find_device, load_verified, positive, ranks, save_whole
+from runtime import exit_status, find_device, load_verified, positive, ranks, save_whole, say
 
 FOLDS, ROUNDS = 4, 3    # of U and S; trainings for each fold
 TRUSTED = 0.8    # fraction of U's normal, and of its sensitive images that a later round trusts
@@ -136,7 +146,7 @@ def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep
 def print_table(args: argparse.Namespace, z_u: torch.Tensor, z_s: torch.Tensor, labels_u):
     """Prints what --keep does: the sensitive fraction of the kept images, estimated by S, and where
     U has labels, the true fraction and the fraction of normal images that are kept."""
-    print(" --keep   sensitive, by S   sensitive, by labels   normal images kept")
+    say(" --keep   sensitive, by S   sensitive, by labels   normal images kept")
     for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
         keep = share * (1 - args.prior)
         kept = z_u.argsort()[:max(1, round(keep * len(z_u)))]
@@ -147,7 +157,7 @@ def print_table(args: argparse.Namespace, z_u: torch.Tensor, z_s: torch.Tensor, 
             normal = (~has_class(labels_u, parse_classes(args.dataset, classes))).float()
             line += f"   {1 - normal[kept].mean():20.4f}"
             line += f"   {normal[kept].sum() / normal.sum():18.4f}"
-        print(line)
+        say(line)
 
 
 def main():
@@ -159,9 +169,10 @@ def main():
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--out_dir", type=Path, help="(default: out/filter-DATASET-PRIOR)")
     args = parser.parse_args()
-    out_dir = args.out_dir or Path("out") / f"filter-{args.dataset}-{args.prior:.4g}"
-    path = out_dir / "scores.pt"
     with exit_status(parser):
+        args.prior = known_prior(args.dataset, args.prior)
+        out_dir = args.out_dir or Path("out") / f"filter-{args.dataset}-{args.prior:.4g}"
+        path = out_dir / "scores.pt"
         device = find_device(args.device)
         if ranks()[1] > 1:
             raise ValueError("pu_filter.py is one process, not for torchrun")
@@ -185,8 +196,8 @@ def main():
         halves = [u[order[n_kept:]], u[order[:n_kept]]]
         some = [half[torch.randperm(len(half))[:64]] for half in halves]
         save_grids([data.train[index] for index in some], out_dir / "dropped.png")
-    print(f"{out_dir / 'dropped.png'}: what --keep {1 - args.prior:.3g} drops, and what it keeps")
-    print(f"to use it: python train.py --algorithm unsupervised --scores {path} and these flags")
+    say(f"{out_dir / 'dropped.png'}: what --keep {1 - args.prior:.3g} drops, and what it keeps")
+    say(f"to use it: python train.py --algorithm unsupervised --scores {path} and these flags")
 
 
 if __name__ == "__main__":

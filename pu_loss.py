@@ -22,9 +22,9 @@ the estimate negative all the same, so it is corrected:
             (non-negative PU learning, Kiryo et al. 2017, arXiv:1703.00593, algorithm 1)
     none    no correction: unbiased, and free to diverge
 
-Nothing holds l on sensitive images down: it may grow for ever, and the noise of the difference
-grows with it. But the identity above holds for any function of l, so also for min(l, limit). Beyond
-the limit an image of U or of S is not pushed any further, and the difference is as exact as before.
+Nothing bounds l on sensitive images: it may grow and grow, and the noise of the difference with it.
+But the identity above holds for any function of l, so also for min(l, limit). Beyond the limit an
+image of U or of S is not pushed any further, and the difference is as exact as before.
 """
 import math
 
@@ -87,8 +87,3 @@ def supervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, share: float) ->
     loss_u [B_u], loss_s [B_s]: as above; share: |S| / (|U| + |S|), in [0, 1]
     """
     return (1 - share) * loss_u.mean() + share * -log1mexp(loss_s).mean()
-
-
-def unsupervised_loss(loss_u: torch.Tensor) -> torch.Tensor:
-    """The baseline that ignores S: the ordinary diffusion loss, E_U[l] -> scalar. loss_u [B_u]"""
-    return loss_u.mean()

@@ -1,13 +1,15 @@
 """
-The recipe of a training run: its flags, and what stands for those that are not given.
+The recipe of a training run: its flags, their defaults, and what follows from them.
 """
 import argparse
 import math
 from collections import ChainMap
 from pathlib import Path
 
-from data import DATASETS, data_flags
+from data import DATASETS, data_flags, known_prior
 from runtime import (
+    absolute,
+    absolute_or_name,
     below_one,
     count,
     device_flags,
@@ -32,7 +34,7 @@ PAPER = dict(model="paper", schedule="linear", prediction="eps", lr=1e-4, warmup
 FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs=20, pu_start=0)
 
 MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
-              "max_steps", "data_dir", "out_dir", "resume"}    # on --resume
+              "max_steps", "data_dir", "scores", "out_dir", "resume"}    # on --resume
 
 MAX_PASSES = 60    # over S: more, and it is learned by heart
 
@@ -59,14 +61,15 @@ def train_flags(description: str) -> argparse.ArgumentParser:
     add("--limit", type=positive_or_inf,
         help="l is capped at this multiple of its mean on U (default: 3; none where a new network "
              "begins with the PU risk)")
-    add("--loss_prior", type=fraction, help="a wrong prior, to study (default: --prior)")
-    add("--scores", type=Path, help="of pu_filter.py: leave out what scores high")
+    add("--loss_prior", type=fraction, help="use another prior in the risk (default: --prior)")
+    add("--scores", type=absolute, help="of pu_filter.py: leave out what scores high")
     add("--keep", type=fraction,
-        help="with --scores: the fraction of U to keep (default: 0.9 (1 - prior))")
+        help="with --scores: the fraction of U to keep (default: 0.9 (1 - loss_prior))")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=list(PRESETS), help="network (default: the data set's)")
-    add("--init_from", help="ckpt.pt, a diffusers folder, or a name on the hub")
+    add("--init_from", type=absolute_or_name,
+        help="ckpt.pt, a diffusers folder, or a name on the hub")
     add("--schedule", choices=["linear", "cosine", "lognormal"],
         help="noise schedule (default: the model's)")
     add("--prediction", choices=["eps", "v"],
@@ -103,7 +106,8 @@ def parse(parser: argparse.ArgumentParser) -> tuple:
     args = parser.parse_args()
     if args.out_dir is None:
         kind = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
-        words = [args.dataset, args.algorithm, f"{args.prior:.4g}", *kind]
+        prior = known_prior(args.dataset, args.prior)
+        words = [args.dataset, args.algorithm, f"{prior:.4g}", *kind]
         args.out_dir = Path("out", "-".join(words))
     paths = [args.out_dir / name for name in ["ckpt.pt", "ckpt_prev.pt"]]
     exists = any(path.exists() for path in paths)
@@ -127,6 +131,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple:
     if args.algorithm == "oracle" and (args.scores or args.dataset == "folder"):
         raise ValueError("--algorithm oracle needs the labels of U: it goes with neither a folder "
                          "nor --scores")
+    args.prior = known_prior(args.dataset, args.prior)
     return args, ckpt
 
 
@@ -149,6 +154,12 @@ def fill_in(args: argparse.Namespace, known: dict):
     args.loss_prior = args.loss_prior or args.prior
 
 
+def plain(args: argparse.Namespace) -> dict:
+    """-> the flags as numbers and strings, for a checkpoint."""
+    return {name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()}
+
+
 # -----------------------------------------------------------------------------
 # what a step takes
 
@@ -158,7 +169,7 @@ def batch_composition(algorithm: str, batch_size: int, prior: float, n_unlabeled
 
     "pu": the variance of E_U[l] - prior E_S[l] is smallest where the share of S is
     prior / (1 + prior). It is rounded up to sixteenths of the batch, which ranks and micro-batches
-    divide. A small S comes once a step at most, if it has a sixteenth: so it lasts for more steps.
+    can share. If S has at least a sixteenth, n_s is at most |S|, so that a small S lasts longer.
     "supervised": S has its share of all images. Other algorithms do not see S.
     At most half of a batch is S, for each of its images is paired with one of U.
     Raises ValueError for a prior of 1 or more, and where the batch is too small, or its images
@@ -183,7 +194,7 @@ def batch_composition(algorithm: str, batch_size: int, prior: float, n_unlabeled
 
 
 def formula(algorithm: str, prior: float, share_s: float, correction: str) -> str:
-    """What an algorithm minimises. Arguments: of pu_loss and supervised_loss."""
+    """What an algorithm minimises. The arguments are those of pu_loss and supervised_loss."""
     sensitive = "E_S[-log(1 - exp(-l))]"
     if algorithm == "pu":
         difference = f"E_U[l] - {prior:.4g} E_S[l]"
@@ -195,8 +206,8 @@ def formula(algorithm: str, prior: float, share_s: float, correction: str) -> st
 
 
 def in_words(args: argparse.Namespace, n_u: int, n_s: int, pu_start: int, loss_prior: float,
-             share_s: float, s_passes: float) -> list:
-    """-> what each part of a run minimises, a line each. s_passes: over S, a step"""
+             share_s: float, s_passes_per_step: float) -> list:
+    """-> what each part of a run minimises, a line each"""
     lines = []
     if pu_start:
         lines.append(f"steps 1 to {pu_start} minimise {formula('unsupervised', 0, 0, '')}, on "
@@ -205,7 +216,7 @@ def in_words(args: argparse.Namespace, n_u: int, n_s: int, pu_start: int, loss_p
     lines.append(f"steps {pu_start + 1} to {args.max_steps} minimise "
                  f"{formula(args.algorithm, loss_prior, share_s, args.correction)}, on {n_u} "
                  f"images of U{and_s} a step")
-    passes = (args.max_steps - pu_start) * s_passes
+    passes = (args.max_steps - pu_start) * s_passes_per_step
     if args.algorithm == "pu" and not args.recipe and passes > MAX_PASSES:
         lines.append(f"S is small: its images come {passes:.0f} times each, and are learned by "
                      f"heart. Raise --pu_start if the samples suffer, or sort U by pu_filter.py "

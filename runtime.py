@@ -26,8 +26,10 @@ OUT_OF_MEMORY = re.compile("MemoryError|out of memory|can't allocate memory")   
 @contextmanager
 def exit_status(parser: argparse.ArgumentParser, user_errors: bool = True):
     """Ends the script with one sentence instead of a traceback: with exit status 2 for ValueError
-    (a wish that cannot be granted), with 1 for OSError (a bad file or machine), too little memory,
+    (an invalid request), with 1 for OSError (a bad file or machine), too little memory,
     and Ctrl-C. user_errors: False where a ValueError is a bug, and keeps its traceback."""
+    with suppress(AttributeError):    # a stdout that is no file
+        sys.stdout.reconfigure(errors="backslashreplace")    # names that it cannot encode
     try:
         yield
     except ValueError as error:
@@ -46,11 +48,11 @@ def exit_status(parser: argparse.ArgumentParser, user_errors: bool = True):
 
 
 def say(text: str):
-    """Prints a line at once. Once nobody reads it any more, as in `train.py | head -1`, the line is
-    lost, but the program goes on."""
+    """Prints a line at once. Once nobody reads it any more, as in `train.py | head -1`, or the disk
+    is full, this line and all others are lost, but the program goes on."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -81,8 +83,8 @@ class SignalWatch:
 # -----------------------------------------------------------------------------
 # files
 
-CHECKPOINT = set("args config counts ema loss_prior model n_summed optimizer pu_start rng scaler "
-                 "seconds step sums typical".split())    # what train.py saves
+CHECKPOINT = set("args config ema fingerprint loss_prior model n_summed optimizer pu_start rng "
+                 "scaler seconds step sums typical".split())    # what train.py saves
 
 
 def regular(path: Path) -> Path:
@@ -271,9 +273,11 @@ def ranks() -> tuple:
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """-> the mean of the x of all ranks, on every rank. x itself stays."""
     _, world = ranks()
+    x = x.clone()
     if world > 1:
-        dist.all_reduce(x := x.clone())
+        dist.all_reduce(x)
     return x / world
 
 
@@ -312,6 +316,17 @@ def device_flags(parser: argparse.ArgumentParser):
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="of the forward pass (default: what is fast here)")
+
+
+def set_precision(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """Fills in args.dtype and args.compile, and allows TF32 -> the context of forward passes."""
+    args.dtype = args.dtype or default_dtype(device)
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")    # TF32
+    dtype = getattr(torch, args.dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def default_dtype(device: torch.device) -> str:
@@ -378,6 +393,16 @@ def ratio(text: str) -> float:
     """"1/11" -> 1 / 11. Unlike Fraction, it does not compute all the digits of 1e10000000."""
     numerator, _, denominator = text.partition("/")
     return float(numerator) / float(denominator or 1)
+
+
+def absolute(text: str) -> Path:
+    """A path that still holds where a run is resumed from another folder."""
+    return Path(os.path.realpath(text))
+
+
+def absolute_or_name(text: str) -> str:
+    """The same for what exists; other text, such as a name on the hub, stays as it is."""
+    return os.path.realpath(text) if os.path.exists(text) else text
 
 
 positive = argument_type(int, lambda n: 1 <= n < 2 ** 31,

@@ -49,9 +49,8 @@ def draw(args, model, diffusion, out_dir: Path = None) -> torch.Tensor:
     shape = (args.n, config.image_channels, config.image_size, config.image_size)
     images = torch.zeros(shape, dtype=torch.uint8, device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    dtype = getattr(torch, args.dtype or runtime.default_dtype(device))
     rank, world = runtime.ranks()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with runtime.set_precision(args, device):
         if args.compile:
             x = torch.zeros_like(images[:args.batch_size], dtype=torch.float32)
             t = torch.zeros(len(x), dtype=torch.long, device=device)
@@ -97,14 +96,14 @@ def main():
             if any(args.save_diffusers.glob("*")):
                 raise ValueError(f"--save_diffusers {args.save_diffusers} is not empty")
             save_pretrained(model, diffusion, args.save_diffusers)
-            print(f"{args.save_diffusers}: the model, in the diffusers format")
+            runtime.say(f"{args.save_diffusers}: the model, in the diffusers format")
         if args.grid:
             args.grid.parent.mkdir(parents=True, exist_ok=True)    # fails now, not after sampling
         if args.grid or args.out_dir:
             images = draw(args, model, diffusion, args.out_dir)
             if args.grid and rank == 0:
                 save_grid(images, args.grid)
-            print(f"{args.n} images, by {args.sampler}: {args.grid or args.out_dir}")
+            runtime.say(f"{args.n} images, by {args.sampler}: {args.grid or args.out_dir}")
         if world > 1:
             dist.destroy_process_group()
 

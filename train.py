@@ -4,7 +4,6 @@ that are labeled so.
 
     python train.py --dataset mnist --prior 0.5                        # half of the digits are odd
     python train.py --dataset mnist --prior 0.5 --resume               # go on after an interruption
-    python train.py --prior 1/11 --sensitive 4,7                       # other forbidden classes
     python train.py --prior 0.5 --algorithm unsupervised               # without the method
     python train.py --dataset cifar10 --prior 1/11 --recipe paper      # as in the paper
     python train.py --dataset cifar10 --prior 1/11 --init_from google/ddpm-cifar10-32    # clean it
@@ -18,19 +17,18 @@ import math
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import recipe
 import runtime
-from data import DATA_DIR, DATASETS, has_class, load, on_device, parse_classes, split
+from data import DATA_DIR, DATASETS, digest, has_class, load, on_device, parse_classes, split
 from diffusion import GaussianDiffusion
 from images import join_pngs, save_grid, to_float, to_uint8
 from pretrained import load_pretrained
 from pu_filter import read_scores
-from pu_loss import limited, pu_loss, supervised_loss, unsupervised_loss
+from pu_loss import limited, pu_loss, supervised_loss
 from runtime import exit_status, mean_over_ranks, say
 from unet import UNet, UNetConfig, check, preset
 
@@ -42,12 +40,7 @@ with exit_status(parser):
     args, ckpt = recipe.parse(parser)
     device = runtime.find_device(args.device)
 rank, world = runtime.ranks()
-args.dtype = args.dtype or runtime.default_dtype(device)
-if args.compile is None:
-    args.compile = device.type == "cuda"
-if device.type == "cuda":
-    torch.set_float32_matmul_precision("high")    # TF32
-autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
+autocast = runtime.set_precision(args, device)
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
@@ -85,25 +78,26 @@ with exit_status(parser):
         u, s = read_scores(args.scores, data, u, s, args.keep)
         # P(sensitive | kept) by Bayes: S is kept as often as the sensitive images in U
         loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)
-    counts = [len(u), len(s)]
-    if ckpt and ckpt["counts"] != counts:
-        raise OSError(f"U and S had {ckpt['counts']} images when the run began, now {counts}: "
-                      f"{args.scores or args.data_dir} has changed")
+    some = torch.cat([index[::1 + len(index) // 500] for index in (u, s)])    # enough, and quick
+    fingerprint = [len(u), len(s), digest(data.train[some])[:8]]
+    if ckpt and ckpt["fingerprint"] != fingerprint:
+        raise OSError(f"the images of U, of S, and their checksum were {ckpt['fingerprint']} when "
+                      f"the run began, now {fingerprint}: {args.scores or args.data_dir} has "
+                      f"changed")
     images, u, s = on_device(data.train, u, s, device)    # u and s: numbers of images
     channels, size = images.shape[1:3]
 
     share_s = len(s) / (len(u) + len(s))    # for the supervised risk
     micro_batches = world * args.grad_accum    # a step, over all ranks
-    n_u, n_s = recipe.batch_composition(args.algorithm, args.batch_size, loss_prior, *counts,
+    n_u, n_s = recipe.batch_composition(args.algorithm, args.batch_size, loss_prior, len(u), len(s),
                                         micro_batches)
     if args.scores and len(s) < n_s:
         raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the {n_s} "
                          f"a step takes: they would be learned by heart. Use --algorithm "
                          f"unsupervised, or a larger --keep")
-    if args.max_steps is None:
-        args.max_steps = math.ceil(args.epochs * n_unlabeled / args.batch_size)
-    s_passes = n_s / max(1, len(s))    # over S, a step
-    pu_start = ckpt["pu_start"] if ckpt else recipe.steps_before_pu(args, s_passes)
+    args.max_steps = args.max_steps or math.ceil(args.epochs * n_unlabeled / args.batch_size)
+    s_passes_per_step = n_s / max(1, len(s))
+    pu_start = ckpt["pu_start"] if ckpt else recipe.steps_before_pu(args, s_passes_per_step)
     if pu_start >= args.max_steps:
         raise ValueError(f"--pu_start {pu_start} leaves no step for the PU risk: --max_steps is "
                          f"{args.max_steps}")
@@ -133,11 +127,12 @@ def per_image_loss(x_0, t, eps):
     with autocast:
         return diffusion.per_image_loss(net, x_0, t, eps)
 
-eager = per_image_loss    # also after compilation, for batches of another size
+eager = per_image_loss    # stays uncompiled, for typical_losses
 if args.compile:
     x = torch.zeros(args.batch_size // micro_batches, channels, size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(len(x), dtype=torch.long, device=device)
+    # x twice would be one tensor for two arguments: torch.compile would compile again later
     per_image_loss = runtime.compiled(eager, lambda fast: fast(x, t, x.clone()).sum().backward())
     optimizer.zero_grad()
 
@@ -145,23 +140,23 @@ if args.compile:
 # where the run stands
 
 step, seconds = 0, 0.0
-sums, n_summed = {}, 0    # of what the last steps found, for the log
+sums, n_summed = {}, 0    # over the steps since the last row of the log
 typical = None    # mean l on U by timestep, once the network knows U
 modules = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
 if ckpt:
     for name, module in modules.items():
         module.load_state_dict(ckpt[name])
-    step, n_summed, seconds = ckpt["step"], ckpt["n_summed"], ckpt["seconds"]
+    step, sums, n_summed, seconds = map(ckpt.get, ["step", "sums", "n_summed", "seconds"])
+    sums = {name: value.to(device) for name, value in sums.items()}
     if ckpt["typical"] is not None:
         typical = ckpt["typical"].to(device)
-    sums = {name: value.to(device) for name, value in ckpt["sums"].items()}
     runtime.set_random_state(ckpt["rng"], device)
 first_step, start = step, time.time()
 ckpt_path = args.out_dir / "ckpt.pt"
 
 with exit_status(parser):
     if rank == 0:
-        lock = runtime.lock_folder(args.out_dir)
+        lock = runtime.lock_folder(args.out_dir)    # held until the process ends
         columns = "step risk loss_u loss_s difference corrected lr images_per_second seconds"
         log = runtime.open_log(args.out_dir / "log.csv", columns.split(), step)
 watch = runtime.SignalWatch()
@@ -169,21 +164,19 @@ watch = runtime.SignalWatch()
 def check_finite():
     """So that no checkpoint is overwritten with a broken one."""
     if not sums["risk"].isfinite() or not all(p.isfinite().all() for p in ema.parameters()):
-        there = ckpt_path if ckpt_path.exists() else "no checkpoint: none was written yet"
         sys.exit(f"train.py: error: the risk or the weights are no longer finite at step {step}: "
-                 f"try a lower --lr (--resume goes on from {there})")
+                 f"try a lower --lr, with --resume if {ckpt_path} exists")
 
 def save_checkpoint():
-    plain_args = {name: str(value) if isinstance(value, Path) else value
-                  for name, value in vars(args).items()}
     state = {name: module.state_dict() for name, module in modules.items()}
-    state |= dict(config=asdict(config), args=plain_args, loss_prior=loss_prior, pu_start=pu_start,
-                  typical=typical, counts=counts, step=step, sums=sums, n_summed=n_summed,
-                  rng=runtime.random_state(device), seconds=seconds + time.time() - start)
+    state |= dict(config=asdict(config), args=recipe.plain(args), fingerprint=fingerprint,
+                  loss_prior=loss_prior, pu_start=pu_start, typical=typical, step=step, sums=sums,
+                  n_summed=n_summed, rng=runtime.random_state(device),
+                  seconds=seconds + time.time() - start)
     runtime.save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
 
 def save_samples(path):
-    generator = torch.Generator(device).manual_seed(args.seed)    # training keeps its own numbers
+    generator = torch.Generator(device).manual_seed(args.seed)    # not that of training
     with autocast:
         samples = diffusion.sample(ema, (64, channels, size, size), generator=generator)
     save_grid(to_uint8(samples), path)
@@ -195,13 +188,13 @@ def draw_batch(sizes):
     """The batch of one step, which all ranks draw alike: images of U, then of S, as many as sizes
     says -> {name: [B, ...]}. Image i of S has the timestep and the noise of image i of U, which
     makes the difference of their losses less noisy."""
-    index = torch.cat([numbers[torch.randint(max(1, len(numbers)), (n,), device=numbers.device)]
-                       for numbers, n in zip([u, s], sizes)])
-    batch = dict(index=index)
-    if args.hflip:
-        batch["mirrored"] = torch.rand(sum(sizes), 1, 1, 1, device=device) < 0.5
-    # the first n of timesteps one golden ratio apart are spread evenly, for any n: for U and for S
     n_u, n_s = sizes
+    of_u = u[torch.randint(len(u), (n_u,), device=u.device)]
+    of_s = s[torch.randint(max(1, len(s)), (n_s,), device=s.device)]    # S may be empty, and n_s 0
+    batch = dict(index=torch.cat([of_u, of_s]))
+    if args.hflip:
+        batch["mirrored"] = torch.rand(n_u + n_s, 1, 1, 1, device=device) < 0.5
+    # numbers one golden ratio apart (modulo 1) are spread evenly, and so are the first n_s of them
     spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)
     t = (diffusion.T * (spread % 1)).long()
     eps = torch.randn(n_u, channels, size, size, device=device)
@@ -213,7 +206,7 @@ def read_images(index):
 
 def typical_losses():
     """What images of U cost the network now -> [20], the mean l by twentieths of the timesteps."""
-    generator = torch.Generator(device).manual_seed(args.seed)    # training keeps its own numbers
+    generator = torch.Generator(device).manual_seed(args.seed)    # not that of training
     t = torch.arange(200, device=device) * diffusion.T // 200
     total = torch.zeros(200, device=device)
     with torch.no_grad():
@@ -227,8 +220,8 @@ def typical_losses():
 def accumulate_gradients(batch, sizes, negative=None):
     """Sends this rank's micro-batches of a batch forward and backward.
 
-    negative: bool scalar, is E_U[l] - prior E_S[l] of the whole batch negative? None: see here,
-        which works where each rank has one micro-batch
+    negative: bool scalar, is E_U[l] - prior E_S[l] of the whole batch negative? None: computed
+        here, which is right where each rank has one micro-batch
     -> {name: mean over the micro-batches} for the log
     """
     means = {}
@@ -248,7 +241,7 @@ def accumulate_gradients(batch, sizes, negative=None):
         names_and_losses = zip(["loss_u", "loss_s"], loss.split(split_sizes))
         found = {name: losses.mean() for name, losses in names_and_losses if len(losses) > 0}
         if len(loss_s) == 0:
-            found["risk"] = unsupervised_loss(loss_u)
+            found["risk"] = loss_u.mean()
         elif args.algorithm == "supervised":
             found["risk"] = supervised_loss(loss_u, loss_s, share_s)
         else:
@@ -264,16 +257,14 @@ def accumulate_gradients(batch, sizes, negative=None):
 
 def take_step(batch, sizes):
     """Updates the weights and their moving average -> {name: mean over the batch} for the log"""
-    # The sign of the difference is that of all micro-batches together. Take it for positive; where
-    # it was not, drop the gradients and do the step again.
-    negative = None
-    if args.grad_accum > 1:
-        negative = torch.zeros((), dtype=torch.bool, device=device)
+    # With several micro-batches, the sign of the difference is known only after the last of them.
+    # Assume that it is positive; where it was not, do the step again.
+    negative = None if args.grad_accum == 1 else torch.tensor(False, device=device)
     means = accumulate_gradients(batch, sizes, negative)
-    if negative is not None and "difference" in means and args.correction != "none":
-        if mean_over_ranks(means["difference"]) < 0:
-            optimizer.zero_grad()
-            means = accumulate_gradients(batch, sizes, ~negative)
+    assumed = negative is not None and "difference" in means and args.correction != "none"
+    if assumed and mean_over_ranks(means["difference"]) < 0:
+        optimizer.zero_grad()
+        means = accumulate_gradients(batch, sizes, ~negative)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     scaler.step(optimizer)
@@ -294,10 +285,12 @@ say(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4
 if args.scores or args.algorithm == "oracle":
     say(f"training is shown {len(u):,} images of U and {len(s):,} of S, by "
         f"{args.scores or 'labels that nobody has'}")
-for line in recipe.in_words(args, n_u, n_s, pu_start, loss_prior, share_s, s_passes):
+for line in recipe.in_words(args, n_u, n_s, pu_start, loss_prior, share_s, s_passes_per_step):
     say(line)
 if use_limit:
     say(f"in the PU risk, l is capped at {args.limit:g} times its mean on U at the same timestep")
+if micro_batches > 1:
+    say(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
 say(f"{args.model or args.init_from} U-Net of "
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
     f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "
@@ -311,10 +304,9 @@ if step >= args.max_steps:
 
 with exit_status(parser, user_errors=False):
     while step < args.max_steps:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(args, step, pu_start)
+        lr = optimizer.param_groups[0]["lr"] = recipe.learning_rate(args, step, pu_start)
         sizes = (n_u, n_s) if step >= pu_start else (args.batch_size, 0)
-        if use_limit and step >= pu_start and typical is None:
+        if use_limit and step == pu_start:
             typical = typical_losses()
         for name, value in take_step(draw_batch(sizes), sizes).items():
             sums[name] = sums.get(name, 0) + value
@@ -332,13 +324,12 @@ with exit_status(parser, user_errors=False):
             row = {name: float(value / n_summed) for name, value in sums.items()}
             elapsed = time.time() - start
             speed = (step - first_step) * args.batch_size / elapsed
-            left = elapsed / (step - first_step) * (args.max_steps - step)
+            left = round(elapsed / (step - first_step) * (args.max_steps - step))
             of_s = f"l_S {row['loss_s']:.3f}  " if "loss_s" in row else ""
             say(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  l_U {row['loss_u']:.3f}  "
-                f"{of_s}lr {group['lr']:.2e}  {speed:.0f} images/s  "
-                f"{left // 60:.0f}:{left % 60:02.0f} left")
+                f"{of_s}lr {lr:.2e}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left")
             if rank == 0:
-                row |= dict(step=step, lr=group["lr"], images_per_second=round(speed, 1))
+                row |= dict(step=step, lr=lr, images_per_second=round(speed, 1))
                 log.writerow(row | dict(seconds=round(seconds + elapsed, 1)))
             sums, n_summed = {}, 0
         if (save_is_due or signal_number) and rank == 0:
@@ -353,10 +344,10 @@ with exit_status(parser, user_errors=False):
             say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
                 f"{samples_path} is what the network would have drawn")
 
-    say(f"trained for {elapsed / 60:.1f} minutes; everything is in {args.out_dir}")
-    before_path, joined_path = [args.out_dir / name for name in
-                                [f"samples_{pu_start:06d}.png", "before_after.png"]]
-    if rank == 0 and pu_start and before_path.exists():
+    say(f"trained for {(seconds + elapsed) / 60:.1f} minutes; everything is in {args.out_dir}")
+    before_path = args.out_dir / f"samples_{pu_start:06d}.png"
+    if rank == 0 and before_path.exists():
+        joined_path = args.out_dir / "before_after.png"
         join_pngs([before_path, samples_path], joined_path)
         say(f"{joined_path}: what it would have drawn, and what it draws now")
 say(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")

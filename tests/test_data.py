@@ -6,7 +6,7 @@ import torch
 from conftest import make_folder, refused, run
 from PIL import Image
 
-from data import DATASETS, Images, digest, load, parse_classes, pu_split, split
+from data import DATASETS, Images, digest, known_prior, load, parse_classes, pu_split, split
 
 MNIST = load("mnist")
 ODD = [1, 3, 5, 7, 9]
@@ -147,13 +147,19 @@ def test_a_folder_is_trained_on_and_sampled(tmp_path):
                   "--out_dir", tmp_path / "run")
     words = "U has 199 images, a fraction of 0.3 sensitive (your estimate); S has 50"
     assert words in trained.stdout
-    run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 5)
-    (tmp_path / "images" / "unlabeled" / "a" / "0000.png").unlink()
-    changed = run("train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 6,
-                  check=False)
-    assert changed.returncode == 1
-    words = f"when the run began, now [198, 50]: {tmp_path / 'images'} has changed"
-    assert words in changed.stderr.splitlines()[-1]
+    run("train.py", "--dataset", "folder", "--out_dir", tmp_path / "run", "--resume",
+        "--max_steps", 5)    # --prior is known
+    resume = ["train.py", "--out_dir", tmp_path / "run", "--resume", "--max_steps", 6]
+    first = tmp_path / "images" / "unlabeled" / "a" / "0000.png"
+    Image.open(first).rotate(180).save(first)
+    for n_unlabeled in [199, 198]:    # another image, then none
+        changed = run(*resume, check=False)
+        assert changed.returncode == 1
+        line = changed.stderr.splitlines()[-1]
+        assert "U, of S, and their checksum were [199, 50, '" in line
+        assert f"when the run began, now [{n_unlabeled}, 50, '" in line
+        assert line.endswith(f"{tmp_path / 'images'} has changed")
+        first.unlink(missing_ok=True)
     load("folder", tmp_path / "images", image_size=31)    # so that train.py has nothing to decode
     refused(2, "image size 31 cannot be halved evenly", "train.py", *flags, "--model", "paper",
             "--image_size", 31, "--out_dir", tmp_path / "other")
@@ -161,6 +167,21 @@ def test_a_folder_is_trained_on_and_sampled(tmp_path):
         "--steps", 2, "--grid", tmp_path / "g.png")
     image = Image.open(tmp_path / "g.png")
     assert image.size == (32, 32) and image.mode == "RGB"
+
+
+def test_the_prior_of_a_folder_is_counted_and_not_guessed(tmp_path):
+    make_folder(tmp_path)
+    flags = ["--dataset", "folder", "--data_dir", tmp_path]
+    printed = run("data.py", *flags, "--preview", tmp_path / "p.png").stdout
+    assert "p.png: 200 random images of U. Count the sensitive ones: --prior is" in printed
+    assert "divided by 200. Its standard error is 0.035 at most" in printed
+    assert Image.open(tmp_path / "p.png").size == (15 * 97 - 1, 14 * 109 - 1)
+    for script in ["train.py", "pu_filter.py"]:
+        for out_dir in [[], ["--out_dir", tmp_path / "run"]]:    # whose default names the prior
+            words = "--dataset folder needs --prior, the fraction of sensitive images in unlabeled/"
+            assert "count them among the 400" in refused(2, words, script, *flags, *out_dir)
+    assert not (tmp_path / "run").exists()
+    assert known_prior("mnist") == 0.5 and known_prior("folder", 0.1) == 0.1
 
 
 def test_preview(tmp_path):

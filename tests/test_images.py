@@ -7,6 +7,7 @@ from PIL import Image
 from images import (
     empty_png_folder,
     framed,
+    numbered,
     save_grid,
     save_grids,
     save_png,
@@ -51,6 +52,17 @@ def test_grids_stand_side_by_side(tmp_path):
     assert pixels.shape == (9, 4 + 12 + 9)
     assert (pixels[:4, :4] == 0).all() and (pixels[4:, :4] == 255).all()
     assert (pixels[:, 4:16] == 255).all() and (pixels[:4, 16:20] == 9).all()
+
+
+@pytest.mark.parametrize("channels, size", [(1, 28), (3, 256)])
+def test_numbers_stand_above_the_images(channels, size):
+    tiles = numbered(torch.full((12, channels, size, size), 7, dtype=torch.uint8))
+    assert tiles.shape == (12, 3, 108, 96) and tiles.dtype == torch.uint8
+    assert (tiles[:, :, 12:] == 7).all()
+    strips = tiles[:, :, :12]
+    assert len({strip.numpy().tobytes() for strip in strips}) == 12    # each another number
+    dark = (strips < 128).flatten(1).sum(1)
+    assert (dark >= 15).all() and (dark < 300).all()
 
 
 def test_a_folder_with_pngs_is_refused(tmp_path):

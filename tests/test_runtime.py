@@ -36,6 +36,32 @@ def test_too_little_memory_is_a_sentence_too(empty):
         raise RuntimeError("a bug")
 
 
+PRINTS = r"""import argparse
+from runtime import *
+with exit_status(argparse.ArgumentParser("tool.py")):
+    for line in ["собака", os.fsdecode(b"caf\xe9"), "last"]:
+        say(line)
+        print(line, file=sys.stderr)
+    raise OSError("собака is missing")
+"""
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_text_that_stdout_cannot_take(full, tmp_path):
+    """An old encoding, or a full disk behind it: no traceback, and the program goes on."""
+    if full and not os.path.exists("/dev/full"):
+        pytest.skip("only Linux has /dev/full")
+    path = "/dev/full" if full else tmp_path / "out.txt"
+    old = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with open(path, "wb") as out:
+        ended = subprocess.run([sys.executable, "-c", PRINTS], cwd=ROOT, env=old, stdout=out,
+                               stderr=subprocess.PIPE, text=True)
+    dog = ascii("собака")[1:-1]
+    lines = [dog, r"caf\udce9", "last"]
+    assert ended.stderr.splitlines() == [*lines, f"tool.py: error: {dog} is missing"]
+    assert ended.returncode == 1 and (full or path.read_text().splitlines() == lines)
+
+
 CHILD = """import sys, time
 from runtime import *
 lock, watch = lock_folder(Path(sys.argv[1])), SignalWatch()
@@ -185,6 +211,15 @@ def test_a_function_that_does_not_compile_is_returned_as_it_is(capsys):
 
     assert runtime.compiled(abs, trial) is abs
     assert "torch.compile fails here: no compiler" in capsys.readouterr().out
+
+
+def test_paths_are_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert runtime.absolute("here/../new") == tmp_path / "new"
+    assert runtime.absolute_or_name("here") == str(tmp_path / "here")
+    for name in ["google/ddpm-cifar10-32", "a" * 5000]:
+        assert runtime.absolute_or_name(name) == name
 
 
 @pytest.mark.parametrize("name, good, bad, sentence", [

@@ -64,6 +64,9 @@ def test_a_run_with_scores_can_be_resumed(scores, tmp_path):
         assert f"step {steps}/{steps}" in run("train.py", *again, *end).stdout
         assert torch.load(folder / "ckpt.pt")["loss_prior"] == before
     saved = torch.load(scores)
+    torch.save(saved | dict(z_u=saved["z_u"].flip(0)), tmp_path / "other.pt")
+    refused(1, f"{tmp_path / 'other.pt'} has changed", "train.py", "--scores",
+            tmp_path / "other.pt", "--resume", "--max_steps", 5, "--out_dir", folder)
     n_kept = math.ceil(0.9 * (1 - 0.2) * 600)
     passed = (saved["z_s"] <= saved["z_u"][n_kept - 1]).float().mean().item()
     assert before == pytest.approx(0.2 * passed / (n_kept / 600))

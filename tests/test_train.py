@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, overhear, refused, run, torchrun
+from conftest import ROOT, SMALL, command, make_folder, overhear, refused, run, torchrun
 from PIL import Image
 
 import data
@@ -458,6 +458,30 @@ def test_a_run_is_neither_overwritten_nor_changed(small_run):
     refused(2, "--prior cannot change on --resume",
             "train.py", "--prior", "0.4", "--out_dir", folder, "--resume")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
+    """All its paths were relative; then the scores have moved."""
+    monkeypatch.setitem(unet.PRESETS, "mini", MINI)
+    mine, there = tmp_path / "mine", tmp_path / "there"
+    make_folder(mine / "images", n=40)
+    there.mkdir()
+    mini = ["--dataset", "folder", "--image_size", 8, "--device", "cpu", "--dtype", "float32",
+            "--batch_size", 16, "--max_steps", 1]
+    images = data.load("folder", mine / "images", 8)
+    u, s, _ = data.split("folder", images)
+    torch.save(dict(u=u, s=s, z_u=torch.arange(40.), z_s=4 * torch.arange(10.),
+                    images=data.digest(images.train)), mine / "scores.pt")
+    relative = ["--data_dir", "images", "--prior", "0.5", "--scores", "scores.pt"]
+    run("train.py", *mini, "--model", "mini", *relative, "--out_dir", "start", cwd=mine)
+    run("train.py", *mini, "--init_from", "start/ckpt.pt", *relative, "--out_dir", "run", cwd=mine)
+    resume = ["--out_dir", "../mine/run", "--resume", "--max_steps"]
+    run("train.py", *resume, 2, cwd=there)
+    (mine / "scores.pt").rename(there / "scores.pt")
+    flags = ["--scores", "scores.pt", "--init_from", "../mine/start/ckpt.pt"]
+    run("train.py", *resume, 3, *flags, cwd=there)
+    ckpt = torch.load(mine / "run" / "ckpt.pt")
+    assert ckpt["step"] == 3 and ckpt["args"]["scores"] == str(there / "scores.pt")
 
 
 def test_where_the_last_checkpoint_is_damaged_the_one_before_is_used(small_run, tmp_path):
