@@ -21,7 +21,7 @@ import formats
 import unet
 
 ROOT = Path(__file__).parent.parent
-MINI = dict(channels=(8, 16), groups=4, blocks=1, attention=(1,), patch=2)    # a small network
+MINI = dict(channels=(8, 16), groups=4, blocks=1, attention=(1,), patch=4)    # a small network
 
 read_once = functools.cache(formats.read_idx)    # MNIST, which many tests load
 
@@ -184,7 +184,7 @@ def scores(tmp_path_factory):
     """Runs the filter on real digits, with very short trainings. Returns its file of scores and
     what it printed."""
     folder = tmp_path_factory.mktemp("filter")
-    flags = ["--prior", "0.5", "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 20]
+    flags = ["--prior", "0.5", "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 10]
     printed = run("pu_filter.py", *flags, "--device", "cpu", "--out_dir", folder).stdout
     return folder / "scores.pt", printed
 

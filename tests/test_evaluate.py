@@ -267,7 +267,7 @@ def test_images_that_cannot_be_judged(mnist, few, tmp_path):
     assert "evaluation.png cannot be written: Is a directory" in result.stderr
 
 
-def test_bad_command_lines(small_run, tmp_path, monkeypatch):
+def test_bad_command_lines(small_run, few, tmp_path, monkeypatch):
     ckpt = small_run[0] / "ckpt.pt"
     refused(2, "one of the arguments --ckpt --images --export_real is required", "evaluate.py")
     refused(2, "not allowed with", "evaluate.py", "--ckpt", ckpt, "--images", tmp_path)

@@ -499,7 +499,7 @@ def test_fine_tuning_our_own_checkpoint(small_run, folder, tmp_path):
     a, b = torch.load(start), torch.load(tmp_path / "run" / "ckpt.pt")
     assert same_weights(a["ema"], b["model"])
     assert (b["args"]["schedule"], b["args"]["prediction"]) == ("lognormal", "v")
-    refused(2, "patch = 2, pad = 0", "sample.py", "--ckpt", start,
+    refused(2, "patch = 4, pad = 2", "sample.py", "--ckpt", start,
             "--save_diffusers", tmp_path / "cleaned")
     refused(2, "--model tiny cannot go with --init_from",
             "train.py", "--init_from", start, "--model", "tiny")

@@ -42,7 +42,7 @@ def test_a_small_run_learns_and_leaves_everything_behind(small_run):
             with Image.open(folder / name) as one:
                 assert both.crop((left, 0, left + side, side)).tobytes() == one.tobytes()
     ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
-    assert ckpt["step"] == 30 and ckpt["args"]["prior"] == 0.5 and ckpt["config"]["patch"] == 2
+    assert ckpt["step"] == 30 and ckpt["args"]["prior"] == 0.5 and ckpt["config"]["patch"] == 4
     assert any((ckpt["model"][k] != ckpt["ema"][k]).any() for k in ckpt["model"])
 
 
@@ -501,8 +501,8 @@ def test_resuming_from_nothing_or_from_garbage(tmp_path):
 
 @pytest.mark.parametrize("flags, epochs", [([], 100), (["--init_from", "start/ckpt.pt"], 20)])
 def test_the_recipe_of_the_paper(tmp_path, flags, epochs):
-    """Section 5 of the paper, with a smaller network: 40 images of U in batches of 16."""
-    common = ["--n_unlabeled", 40, "--n_labeled", 20, "--batch_size", 16, "--device", "cpu"]
+    """Section 5 of the paper, with a smaller network: 10 images of U in batches of 16."""
+    common = ["--n_unlabeled", 10, "--n_labeled", 5, "--batch_size", 16, "--device", "cpu"]
     if flags:
         run("train.py", *common, "--recipe", "paper", "--max_steps", 1, "--out_dir", "start",
             cwd=tmp_path)
@@ -513,7 +513,7 @@ def test_the_recipe_of_the_paper(tmp_path, flags, epochs):
         folder += "-init_from"
     args = torch.load(tmp_path / "out" / folder / "ckpt.pt")["args"]
     expected = dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, pu_start=0,
-                    max_steps=math.ceil(epochs * 40 / 16), correction="abs", grad_clip=1.0)
+                    max_steps=math.ceil(epochs * 10 / 16), correction="abs", grad_clip=1.0)
     assert {name: args[name] for name in expected} == expected
     assert f"steps 1 to {expected['max_steps']} minimise the PU risk" in printed
     assert args["model"] == (None if flags else "paper")
