@@ -1,7 +1,9 @@
 """What tests share: running a script as a user would, a small real run, a folder of images."""
 import contextlib
+import functools
 import gc
 import io
+import json
 import os
 import runpy
 import signal
@@ -10,10 +12,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from PIL import Image
 
+import data
 import diffusion
+import formats
+import unet
 
 ROOT = Path(__file__).parent.parent
+MINI = dict(channels=(8, 16), groups=4, blocks=1, attention=(1,), patch=4)    # a small network
+
+read_once = functools.cache(formats.read_idx)    # MNIST, which many tests load
+
+
+def read_idx(path, sha256, read=formats.read_idx):
+    return (read_once if path.parent == data.DATA_DIR / "mnist" else read)(path, sha256)
+
+
+formats.read_idx = read_idx
+gc.collect()
+gc.freeze()    # no collection looks at what was imported: `run` collects often
 
 
 def command(script, *flags):
@@ -21,8 +40,17 @@ def command(script, *flags):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 
 
+@contextlib.contextmanager
+def small_networks():
+    """Where this is in force, the models tiny and paper are as small as MINI."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ["tiny", "paper"]:
+            patch.setitem(unet.PRESETS, name, MINI)
+        yield
+
+
 def run(script, *flags, check=True, cwd=None):
-    """Runs a script in this process, where torch is imported already.
+    """Runs a script in this process, where torch is imported already, with small networks.
 
     check: the script must succeed. Returns its CompletedProcess, with stdout and stderr as text.
     An exception that the script does not catch fails the test."""
@@ -32,7 +60,7 @@ def run(script, *flags, check=True, cwd=None):
     try:
         sys.argv = [script, *map(str, flags)]
         os.chdir(cwd or folder)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), small_networks():
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as e:    # with a status, or with words for stderr and status 1
         status = 1 if isinstance(e.code, str) else e.code or 0
@@ -61,18 +89,21 @@ def refused(status, words, script, *flags):
     return last
 
 
-def torchrun(script, *flags):
-    """Runs a script as two ranks on CPUs. Returns what it printed."""
+def torchrun(*scripts):
+    """Runs scripts one after another as two ranks on CPUs, with small networks.
+
+    scripts: a list each, of a script and its flags. Returns what they printed."""
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--", *command(script, *flags)[1:]]
+             "--", __file__, json.dumps(scripts, default=str)]
     result = subprocess.run(ranks, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 SMALL = ["--dataset", "mnist", "--prior", "0.5", "--pu_start", 0, "--limit", "inf",
          "--device", "cpu", "--dtype", "float32", "--batch_size", 32, "--warmup_steps", 5]
+SAMPLING = ["--device", "cpu", "--dtype", "float32", "--steps", 3, "--n", 7, "--batch_size", 2]
 
 
 @pytest.fixture(scope="session")
@@ -81,9 +112,34 @@ def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "results"
     flags = [*SMALL, "--pu_start", "1/2", "--limit", 3, "--max_steps", 30, "--log_interval", 10,
              "--sample_interval", 20, "--out_dir", folder]
-    result = subprocess.run(command("train.py", *flags), stdout=subprocess.PIPE, text=True,
-                            check=True)
-    return folder, result.stdout
+    return folder, run("train.py", *flags).stdout
+
+
+@pytest.fixture(scope="session")
+def whole_batches(small_run, tmp_path_factory):
+    """Trains with one micro-batch a step, so that the difference E_U[l] - prior E_S[l] is sometimes
+    negative. Returns the flags and the folder for each correction."""
+    runs = {}
+    for correction in ["abs", "nn"]:    # the PU risk begins at step 1
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction,
+                 "--sensitive", "even", "--loss_prior", 0.99, "--lr", 1e-4, "--warmup_steps", 2,
+                 "--pu_start", 1, "--limit", 3, "--max_steps", 5, "--log_interval", 1]
+        run("train.py", *flags, "--out_dir", folder)
+        runs[correction] = flags, folder
+    return runs
+
+
+@pytest.fixture(scope="session")
+def two_ranks(small_run, whole_batches, tmp_path_factory):
+    """Does the same as two ranks, with one and two micro-batches each, and samples from small_run.
+    Returns what they printed and the folder of abs/, nn/, grid.png and pngs/."""
+    folder = tmp_path_factory.mktemp("ranks")
+    trainings = [["train.py", *flags, "--grad_accum", grad_accum, "--out_dir", folder / correction]
+                 for grad_accum, (correction, (flags, _)) in enumerate(whole_batches.items(), 1)]
+    sampling = ["sample.py", *SAMPLING, "--ckpt", small_run[0] / "ckpt.pt",
+                "--grid", folder / "grid.png", "--out_dir", folder / "pngs"]
+    return torchrun(*trainings, sampling), folder
 
 
 def make_folder(root, n=200, broken=()):
@@ -91,11 +147,7 @@ def make_folder(root, n=200, broken=()):
     (n images), sensitive/ (n / 4) and normal_test/ (5).
 
     broken: numbers of the files in unlabeled/ that are not images"""
-    from PIL import Image
-
-    from data import load
-
-    digits = load("mnist").train[:, 0].numpy()
+    digits = data.load("mnist").train[:, 0].numpy()
     for part, count in [("unlabeled", n), ("sensitive", n // 4), ("normal_test", 5)]:
         for i in range(count):
             path = root / part / "ab"[i % 2] / f"{i:04d}.{['png', 'JPG'][i % 2]}"
@@ -120,7 +172,8 @@ def overhear(monkeypatch, *flags):
     with monkeypatch.context() as patch:
         patch.setattr(diffusion.GaussianDiffusion, "per_image_loss", listening)
         patch.setattr("sys.argv", ["train.py", *map(str, [*SMALL, *flags])])
-        runpy.run_path(str(ROOT / "train.py"))
+        with small_networks():
+            runpy.run_path(str(ROOT / "train.py"))
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return shown
@@ -131,6 +184,19 @@ def scores(tmp_path_factory):
     """Runs the filter on real digits, with very short trainings. Returns its file of scores and
     what it printed."""
     folder = tmp_path_factory.mktemp("filter")
-    flags = ["--prior", "0.5", "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 20]
+    flags = ["--prior", "0.5", "--n_unlabeled", 600, "--n_labeled", 100, "--steps", 10]
     printed = run("pu_filter.py", *flags, "--device", "cpu", "--out_dir", folder).stdout
     return folder / "scores.pt", printed
+
+
+if __name__ == "__main__":    # a rank of torchrun
+    def connect(backend, init=dist.init_process_group, **_):    # once for all scripts
+        if not dist.is_initialized():
+            init(backend)
+        dist.barrier()
+
+    dist.init_process_group, dist.destroy_process_group = connect, lambda: None
+    for argv in json.loads(sys.argv[1]):
+        sys.argv = [str(flag) for flag in argv]
+        with small_networks():
+            runpy.run_path(str(ROOT / argv[0]), run_name="__main__")

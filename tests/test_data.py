@@ -44,7 +44,7 @@ def test_parse_classes_refuses(text, words):
         parse_classes("mnist", text)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize("prior", [0.5, 1 / 11, 0.1, 0.01, 0.3333])
 @pytest.mark.parametrize("sensitive", [ODD, [4], [0, 2, 4, 6, 8]])
 def test_split_is_exact(seed, prior, sensitive):

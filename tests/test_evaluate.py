@@ -1,4 +1,5 @@
 """Rate and FID against closed forms and constants of SciPy; the command on real images."""
+import copy
 import json
 import shutil
 
@@ -19,6 +20,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def mnist():
     return data.load("mnist")
+
+
+@pytest.fixture
+def few(mnist, monkeypatch):
+    """Lets the command judge 2,000 test images in place of 10,000."""
+    images = data.Images(mnist.train, mnist.train_labels, mnist.test[:2000],
+                         mnist.test_labels[:2000])
+    monkeypatch.setattr(data, "load", lambda *_: images)
 
 
 def figures_of(*flags):
@@ -125,9 +134,9 @@ def toy(several):
 def test_a_judge_is_trained_kept_and_trained_again_where_needed(tmp_path, monkeypatch, several):
     calls, cache, toys = [], tmp_path / "classifier.pt", toy(several)
 
-    def counted(*args):
+    def counted(*args):    # trains the first
         calls.append(args)
-        return train_judge(*args)
+        return train_judge(*args) if len(calls) == 1 else copy.deepcopy(first)
 
     monkeypatch.setattr(evaluate, "train_judge", counted)
     first, accuracy = load_judge(toys, False, cache, CPU)
@@ -159,7 +168,7 @@ def test_a_judge_is_trained_kept_and_trained_again_where_needed(tmp_path, monkey
 # -----------------------------------------------------------------------------
 # the command
 
-def test_real_images(mnist, tmp_path):
+def test_real_images(mnist, few, tmp_path):
     """Judges 1,000 normal training images, 1,000 sensitive ones, and a mix of both halves."""
     some = torch.randperm(60000, generator=torch.Generator().manual_seed(1))
     odd = mnist.train_labels[some] % 2 == 1
@@ -207,8 +216,8 @@ def test_images_with_several_labels(tmp_path, monkeypatch):
     assert (tmp_path / "celeba" / "classifier_8x1.pt").exists()
 
 
-def test_a_checkpoint_and_the_images_sampled_from_it_are_judged_alike(small_run, tmp_path):
-    flags = ["--n", 9, "--steps", 2, "--batch_size", 4, "--seed", 5]
+def test_a_checkpoint_and_the_images_sampled_from_it_are_judged_alike(small_run, few, tmp_path):
+    flags = ["--n", 9, "--steps", 2, "--batch_size", 4, "--seed", 5, "--dtype", "float32"]
     shutil.copytree(small_run[0], tmp_path / "run")
     ckpt = tmp_path / "run" / "ckpt.pt"
     figures, _ = figures_of("--ckpt", ckpt, *flags)
@@ -235,7 +244,7 @@ def test_real_images_are_exported_for_other_tools(mnist, tmp_path):
     assert torch.equal(colour, ones.expand(-1, 3, -1, -1))
 
 
-def test_images_that_cannot_be_judged(mnist, tmp_path):
+def test_images_that_cannot_be_judged(mnist, few, tmp_path):
     flags = ["evaluate.py", "--images", tmp_path / "pngs", "--out_dir", tmp_path]
     write(mnist.test[:3], tmp_path / "pngs")
     Image.new("L", (32, 28)).save(tmp_path / "pngs" / "wide.png")
@@ -258,7 +267,7 @@ def test_images_that_cannot_be_judged(mnist, tmp_path):
     assert "evaluation.png cannot be written: Is a directory" in result.stderr
 
 
-def test_bad_command_lines(small_run, tmp_path, monkeypatch):
+def test_bad_command_lines(small_run, few, tmp_path, monkeypatch):
     ckpt = small_run[0] / "ckpt.pt"
     refused(2, "one of the arguments --ckpt --images --export_real is required", "evaluate.py")
     refused(2, "not allowed with", "evaluate.py", "--ckpt", ckpt, "--images", tmp_path)

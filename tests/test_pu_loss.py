@@ -138,7 +138,7 @@ def blob(n, x):
     return torch.tensor([x, 0.0]) + 0.1 * torch.randn(n, 2)
 
 
-def share_of_sensitive_samples(method, steps=1000, batch=512):
+def share_of_sensitive_samples(method, steps=400, batch=256):
     """Trains on U (half of it sensitive) and S, and samples 2,000 points. Returns the fraction of
     points on the sensitive side."""
     torch.manual_seed(0)

@@ -5,20 +5,19 @@ import math
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, make_folder, overhear, refused, run, torchrun
+from conftest import ROOT, SMALL, command, make_folder, overhear, refused, run
 from PIL import Image
 
 import data
 import diffusion
+import images
 import unet
 from images import to_uint8
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-MINI = dict(channels=(8, 16), groups=4, blocks=1, attention=(), patch=2)    # a small network
 
 
 def read_log(folder):
@@ -43,7 +42,7 @@ def test_a_small_run_learns_and_leaves_everything_behind(small_run):
             with Image.open(folder / name) as one:
                 assert both.crop((left, 0, left + side, side)).tobytes() == one.tobytes()
     ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
-    assert ckpt["step"] == 30 and ckpt["args"]["prior"] == 0.5 and ckpt["config"]["patch"] == 2
+    assert ckpt["step"] == 30 and ckpt["args"]["prior"] == 0.5 and ckpt["config"]["patch"] == 4
     assert any((ckpt["model"][k] != ckpt["ema"][k]).any() for k in ckpt["model"])
 
 
@@ -100,7 +99,8 @@ def test_both_parts_step_by_step_by_hand(tmp_path, monkeypatch, limit):
     assert len(typical) == (0 if limit == math.inf else 20)
 
     torch.manual_seed(0)
-    model = unet.UNet(unet.preset("tiny", 1, 28)).to(memory_format=torch.channels_last)
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
+    model = unet.UNet(unet.UNetConfig(**ckpt["config"])).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     process = diffusion.GaussianDiffusion(1000, "lognormal", "v")
     process.per_image_loss(model, *first).mean().backward()
@@ -121,7 +121,6 @@ def test_both_parts_step_by_step_by_hand(tmp_path, monkeypatch, limit):
     risk.backward()
     assert read_log(tmp_path / "run")[1]["risk"] == pytest.approx(risk.item(), rel=1e-4)
     optimizer.step()
-    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(ckpt["model"][name], weight, rtol=0, atol=1e-4)
     assert same(ckpt["model"], ckpt["ema"])    # a decay of 0 averages nothing
@@ -234,29 +233,31 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype, number", [
     ("float32", signal.SIGTERM), ("bfloat16", signal.SIGINT), ("float32", signal.SIGKILL)])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtype, number):
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+        tmp_path, monkeypatch, dtype, number):
     """The signal comes after the checkpoint of step 15, which lies between two log lines and before
-    the PU risk begins at step 18. What can be caught saves another checkpoint."""
+    the PU risk begins at step 18. What can be caught saves another checkpoint; SIGKILL leaves what
+    is on the disk."""
     flags = [*SMALL, "--dtype", dtype, "--pu_start", "0.6", "--limit", 2, "--max_steps", 30,
              "--log_interval", 12, "--sample_interval", 15]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run("train.py", *flags, "--out_dir", whole)
 
-    process = subprocess.Popen(command("train.py", *flags, "--out_dir", broken),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (broken / "samples_000015.png").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    printed, error = process.communicate()
-    assert error == ""
-    step = torch.load(broken / "ckpt.pt")["step"]
-    if number == signal.SIGKILL:
-        assert step == 15
-    else:
-        assert process.returncode == 128 + number
-        assert f"interrupted: step {step} is saved" in printed.splitlines()[-1]
-        assert 15 < step < 30
+    def save_grid(pictures, path, save=images.save_grid):
+        save(pictures, path)
+        if path == broken / "samples_000015.png":
+            signal.raise_signal(number)
+        elif path == whole / "samples_000015.png" and number == signal.SIGKILL:
+            shutil.copytree(whole, broken)
+
+    monkeypatch.setattr(images, "save_grid", save_grid)
+    run("train.py", *flags, "--out_dir", whole)
+    step = 15
+    if number != signal.SIGKILL:
+        stopped = run("train.py", *flags, "--out_dir", broken, check=False)
+        assert stopped.returncode == 128 + number and stopped.stderr == ""
+        step = 16
+        assert f"interrupted: step {step} is saved" in stopped.stdout.splitlines()[-1]
+    assert torch.load(broken / "ckpt.pt")["step"] == step
     resumed = run("train.py", "--out_dir", broken, "--resume")
     assert f"from step {step};" in resumed.stdout
 
@@ -271,23 +272,6 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, dtyp
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def whole_batches(small_run, tmp_path_factory):
-    """Trains in one process, with one micro-batch a step, so that the difference E_U[l] - prior
-    E_S[l] is sometimes negative. Returns the flags and the folder for each correction."""
-    runs = {}
-    for correction in ["abs", "nn"]:    # the PU risk begins at step 1
-        folder = tmp_path_factory.mktemp("whole") / "run"
-        flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction,
-                 "--sensitive", "even", "--loss_prior", 0.99, "--lr", 1e-4, "--warmup_steps", 2,
-                 "--pu_start", 1, "--limit", 3, "--max_steps", 5,
-                 "--log_interval", 1]
-        run("train.py", *flags, "--out_dir", folder)
-        assert {row["corrected"] for row in read_log(folder)[1:]} == {0, 1}
-        runs[correction] = flags, folder
-    return runs
-
-
 def assert_same_path(folder_a, folder_b):
     for row_a, row_b in zip(read_log(folder_a), read_log(folder_b), strict=True):
         for name in row_a.keys() & {"risk", "loss_u", "loss_s", "corrected"}:
@@ -298,14 +282,18 @@ def assert_same_path(folder_a, folder_b):
             torch.testing.assert_close(a[weights][name], b[weights][name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("correction, grad_accum", [("abs", 1), ("nn", 2)])
-def test_two_ranks_follow_the_path_of_one(whole_batches, tmp_path, correction, grad_accum):
-    flags, folder = whole_batches[correction]
-    printed = torchrun("train.py", *flags, "--grad_accum", grad_accum,
-                       "--out_dir", tmp_path / "run")
-    words = f"each step in {2 * grad_accum} micro-batches: 2 ranks, {grad_accum} each"
-    assert words in printed and printed.count("step 5/5") == 1
-    assert_same_path(folder, tmp_path / "run")
+def test_differences_of_both_signs_are_followed(whole_batches):
+    for _, folder in whole_batches.values():
+        assert {row["corrected"] for row in read_log(folder)[1:]} == {0, 1}
+
+
+def test_two_ranks_follow_the_path_of_one(whole_batches, two_ranks):
+    printed, folder = two_ranks
+    assert printed.count("step 5/5") == 2
+    for correction, grad_accum in [("abs", 1), ("nn", 2)]:
+        words = f"each step in {2 * grad_accum} micro-batches: 2 ranks, {grad_accum} each"
+        assert words in printed
+        assert_same_path(whole_batches[correction][1], folder / correction)
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn"])
@@ -318,12 +306,11 @@ def test_micro_batches_follow_the_path_of_one_batch(whole_batches, tmp_path, cor
 def test_compiled_it_is_one_graph_that_is_never_compiled_again(tmp_path, monkeypatch):
     """Compiled and eager runs agree. Only the tracer of torch.compile and its autograd run, for
     generating C++ would take a minute."""
-    monkeypatch.setitem(unet.PRESETS, "mini", MINI)
     compile_, counters = torch.compile, torch._dynamo.utils.counters
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-    flags = [*SMALL, "--model", "mini", "--pu_start", 2, "--max_steps", 4, "--log_interval", 1]
+    flags = [*SMALL, "--pu_start", 2, "--max_steps", 4, "--log_interval", 1]
     printed = run("train.py", *flags, "--compile", "--out_dir", tmp_path / "compiled").stdout
     assert ", compiled" in printed
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
@@ -460,21 +447,20 @@ def test_a_run_is_neither_overwritten_nor_changed(small_run):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_run_is_resumed_from_another_folder(tmp_path, monkeypatch):
+def test_a_run_is_resumed_from_another_folder(tmp_path):
     """All its paths were relative; then the scores have moved."""
-    monkeypatch.setitem(unet.PRESETS, "mini", MINI)
     mine, there = tmp_path / "mine", tmp_path / "there"
     make_folder(mine / "images", n=40)
     there.mkdir()
-    mini = ["--dataset", "folder", "--image_size", 8, "--device", "cpu", "--dtype", "float32",
+    short = ["--dataset", "folder", "--image_size", 8, "--device", "cpu", "--dtype", "float32",
             "--batch_size", 16, "--max_steps", 1]
     images = data.load("folder", mine / "images", 8)
     u, s, _ = data.split("folder", images)
     torch.save(dict(u=u, s=s, z_u=torch.arange(40.), z_s=4 * torch.arange(10.),
                     images=data.digest(images.train)), mine / "scores.pt")
     relative = ["--data_dir", "images", "--prior", "0.5", "--scores", "scores.pt"]
-    run("train.py", *mini, "--model", "mini", *relative, "--out_dir", "start", cwd=mine)
-    run("train.py", *mini, "--init_from", "start/ckpt.pt", *relative, "--out_dir", "run", cwd=mine)
+    run("train.py", *short, "--model", "tiny", *relative, "--out_dir", "start", cwd=mine)
+    run("train.py", *short, "--init_from", "start/ckpt.pt", *relative, "--out_dir", "run", cwd=mine)
     resume = ["--out_dir", "../mine/run", "--resume", "--max_steps"]
     run("train.py", *resume, 2, cwd=there)
     (mine / "scores.pt").rename(there / "scores.pt")
@@ -498,26 +484,20 @@ def test_where_the_last_checkpoint_is_damaged_the_one_before_is_used(small_run, 
     assert torch.load(folder / "ckpt_prev.pt")["step"] == 20
 
 
-def test_a_folder_is_for_one_run(tmp_path):
-    """Also before its first checkpoint."""
-    flags = [*SMALL, "--max_steps", 100000, "--out_dir", tmp_path / "run"]
-    first = subprocess.Popen(command("train.py", *flags), stdout=subprocess.PIPE, text=True)
-    while "from step 0;" not in first.stdout.readline():
-        assert first.poll() is None
-    log = (tmp_path / "run" / "log.csv").read_bytes()
-    refused(2, f"another run uses {tmp_path / 'run'}", "train.py", *flags)
-    assert (tmp_path / "run" / "log.csv").read_bytes() == log
-    first.kill()
-    first.communicate()
-
-
-def test_nobody_has_to_read_what_a_run_prints(tmp_path):
-    flags = [*SMALL, "--max_steps", 3, "--log_interval", 1, "--out_dir", tmp_path / "run"]
-    process = subprocess.Popen(command("train.py", *flags), stdout=subprocess.PIPE)
-    process.stdout.readline()
+def test_a_run_of_the_command_line(tmp_path):
+    """No other run may use its folder, also before its first checkpoint. Nobody has to read what it
+    prints."""
+    folder = tmp_path / "run"
+    flags = [*SMALL, "--max_steps", 30, "--log_interval", 15, "--out_dir", folder]
+    process = subprocess.Popen(command("train.py", *flags), stdout=subprocess.PIPE, text=True)
+    while "from step 0;" not in process.stdout.readline():
+        assert process.poll() is None
+    log = (folder / "log.csv").read_bytes()
+    refused(2, f"another run uses {folder}", "train.py", *flags)
+    assert (folder / "log.csv").read_bytes() == log
     process.stdout.close()
     assert process.wait() == 0
-    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
+    assert [row["step"] for row in read_log(folder)] == [15, 30]
 
 
 def test_a_damaged_log_loses_no_whole_row(small_run, tmp_path):
@@ -543,10 +523,9 @@ def test_resuming_from_nothing_or_from_garbage(tmp_path):
 # the recipe of the paper, and the defaults of other flags
 
 @pytest.mark.parametrize("flags, epochs", [([], 100), (["--init_from", "start/ckpt.pt"], 20)])
-def test_the_recipe_of_the_paper(tmp_path, monkeypatch, flags, epochs):
-    """Section 5 of the paper, with a smaller network: 40 images of U in batches of 16."""
-    monkeypatch.setitem(unet.PRESETS, "paper", MINI)
-    common = ["--n_unlabeled", 40, "--n_labeled", 20, "--batch_size", 16, "--device", "cpu"]
+def test_the_recipe_of_the_paper(tmp_path, flags, epochs):
+    """Section 5 of the paper, with a smaller network: 10 images of U in batches of 16."""
+    common = ["--n_unlabeled", 10, "--n_labeled", 5, "--batch_size", 16, "--device", "cpu"]
     if flags:
         run("train.py", *common, "--recipe", "paper", "--max_steps", 1, "--out_dir", "start",
             cwd=tmp_path)
@@ -557,14 +536,13 @@ def test_the_recipe_of_the_paper(tmp_path, monkeypatch, flags, epochs):
         folder += "-init_from"
     args = torch.load(tmp_path / "out" / folder / "ckpt.pt")["args"]
     expected = dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, pu_start=0,
-                    max_steps=math.ceil(epochs * 40 / 16), correction="abs", grad_clip=1.0)
+                    max_steps=math.ceil(epochs * 10 / 16), correction="abs", grad_clip=1.0)
     assert {name: args[name] for name in expected} == expected
     assert f"steps 1 to {expected['max_steps']} minimise the PU risk" in printed
     assert args["model"] == (None if flags else "paper")
 
 
-def test_what_a_recipe_says_can_be_overruled(tmp_path, monkeypatch):
-    monkeypatch.setitem(unet.PRESETS, "paper", MINI)
+def test_what_a_recipe_says_can_be_overruled(tmp_path):
     run("train.py", "--recipe", "paper", "--batch_size", 16, "--max_steps", 2, "--lr", "1e-3",
         "--device", "cpu", "--out_dir", tmp_path / "run")
     args = torch.load(tmp_path / "run" / "ckpt.pt")["args"]
