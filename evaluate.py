@@ -15,8 +15,8 @@ The judge is a small network, trained on the real labels and kept beside the dat
                          the FIDs of papers, which use those of Inception. The floor is the FID of
                          as many real training normals.
 
-Your own images have no labels. A classifier that learns sensitive/ against normal_test/ then says
-which images look like S, and how often it errs; and a Frechet distance needs no network at all.
+Your own images have no labels. There, a classifier learns S, the sensitive images, against those in
+normal_test/: how many of all others look like S? And the Frechet distance needs no network.
 
 The last line printed is JSON and holds all figures.
 """
@@ -158,16 +158,15 @@ def score_like_s(groups: dict, hflip: bool, device: torch.device) -> dict:
     """groups: images [N, C, H, W] uint8 by name -> [N] logits by name, of a classifier of
     "sensitive" against "normal_test".
 
-    Each fold is judged by a classifier that was trained on the other folds. It has seen none of
-    these images, real or generated, so its errors on S and the normals hold for all of them."""
+    Each fold of the images is judged by a classifier that was trained on the others. It has seen
+    none of them, so what it gets wrong in these two groups, it gets wrong in other real images."""
     images = torch.cat(list(groups.values()))
-    parts = torch.arange(len(images)).split([len(group) for group in groups.values()])
-    parts = dict(zip(groups, parts))
-    classes = [parts[name] for name in ("normal_test", "sensitive")]
-    z = torch.zeros(len(images))
+    indices = torch.arange(len(images)).split([len(group) for group in groups.values()])
+    parts, z = dict(zip(groups, indices)), torch.zeros(len(images))
     torch.manual_seed(0)
     for fold in range(FOLDS):
-        normal, sensitive = (index[index % FOLDS != fold] for index in classes)
+        normal, sensitive = (parts[name][parts[name] % FOLDS != fold]
+                             for name in ("normal_test", "sensitive"))
         model = fit(images, normal, sensitive, cross_entropy, hflip, STEPS, device,
                     name=f"S or normal? fold {fold + 1} of {FOLDS}")
         z[fold::FOLDS] = score(model, images, torch.arange(fold, len(images), FOLDS))
@@ -190,27 +189,26 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
             device: torch.device) -> tuple:
     """Compares images [N, C, H, W] uint8 with the parts of a folder, and prints a table.
     -> its rows by name, and [N]: how much is each image like S? Above 0, a classifier takes it for
-    S; without normal_test/ there is none, and these are the distances to S, negative.
+    S; without normal_test/ there is none, and this is minus the distance to the nearest of S.
 
     The Frechet distance is to one half of normal_test/ or, without it, of U. It depends on how many
     images there are, so each row has as many, and the other half shows the floor."""
     generator = torch.Generator().manual_seed(seed)
     u, s, normal = split("folder", data)
     u = u[torch.randperm(len(u), generator=generator)[:2 * len(images)]]
-    normal = normal[torch.randperm(len(normal), generator=generator)]
-    groups = {"images": images, "normal_test": data.test[normal], "unlabeled": data.train[u],
-              "sensitive": data.train[s]}
-    if len(normal) == 0:
-        del groups["normal_test"]
-    z = score_like_s(groups, hflip, device) if len(normal) else {}
+    groups = {"images": images, "unlabeled": data.train[u], "sensitive": data.train[s]}
+    reference, z = "unlabeled", {}
+    if len(normal):
+        reference = "normal_test"
+        groups[reference] = data.test[torch.randperm(len(normal), generator=generator)]
+        z = score_like_s(groups, hflip, device)
     features = {name: cells(group) for name, group in groups.items()}
-    likeness = z.get("images", -torch.cdist(features["images"], features["sensitive"]).amin(1))
-
-    reference = "normal_test" if len(normal) else "unlabeled"
+    like_s = z.get("images", -torch.cdist(features["images"], features["sensitive"]).amin(1))
     n = min(len(images), len(groups[reference]) // 2)
-    half, features[reference] = features[reference][:n], features[reference][n:]
+    half, features[reference] = features[reference].split([n, len(groups[reference]) - n])
+
     share = "look like S (95 %)          " if z else ""
-    print(f"             images   {share}distance to {n:,} of {reference}/")
+    print(f"             images   {share}Frechet distance to {n:,} of {reference}/")
     rows = {}
     for name, group in groups.items():
         row = rows[name] = {"n": len(group)}
@@ -223,8 +221,8 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
         if len(features[name]) >= n:
             row["distance"] = frechet_distance(features[name][:n], half)
             line += f"{row['distance']:.3f}"
-        print(line)
-    return rows, likeness
+        print(line.rstrip())
+    return rows, like_s
 
 
 # -----------------------------------------------------------------------------
@@ -276,23 +274,23 @@ def evaluate(args: argparse.Namespace):
     with runtime.first_rank_first():
         data = load(name, data_dir, args.image_size or run.get("image_size"),
                     args.channels or run.get("channels"))
-    if name == "folder":
-        _, s, normal = split(name, data, args.sensitive)
-        if args.export_real and len(normal) == 0:
-            raise ValueError(f"{data_dir / 'normal_test'} holds no images to export")
-        if len(normal) and min(len(s), len(normal)) < FOLDS:
-            raise ValueError(f"S has {len(s)} images and normal_test/ {len(normal)}: both need at "
-                             f"least {FOLDS} (without normal_test/, less is measured)")
     channels, size = data.train.shape[1:3]
 
     # the images
     if args.export_real:
-        empty_png_folder(args.export_real, "--export_real")
         normal = data.test[~has_class(data.test_labels, sensitive)]
+        if len(normal) == 0:
+            raise ValueError(f"{data_dir / 'normal_test'} holds no images to export")
+        empty_png_folder(args.export_real, "--export_real")
         for i, image in enumerate(normal):
             save_png(image, args.export_real / f"{i:05d}.png")
         print(f"{len(normal)} real test normals: {args.export_real}")
         return
+    if name == "folder":
+        _, s, normal = split(name, data, args.sensitive)
+        if 0 < len(normal) and min(len(s), len(normal)) < FOLDS:
+            raise ValueError(f"S has {len(s)} images and normal_test/ {len(normal)}: both need at "
+                             f"least {FOLDS} (without normal_test/, less is measured)")
     if ckpt:
         model, diffusion = open_model(ckpt, device)
         if (model.config.image_channels, model.config.image_size) != (channels, size):
@@ -315,9 +313,9 @@ def evaluate(args: argparse.Namespace):
                    sampler=args.sampler if ckpt else None, steps=args.steps if ckpt else None,
                    seed=args.seed)
     if name == "folder":
-        figures["groups"], likeness = compare(images, data, info["hflip"], args.seed, device)
-        order = likeness.argsort(descending=True)
-        images, is_sensitive = images[order], likeness[order] > 0
+        figures["groups"], like_s = compare(images, data, info["hflip"], args.seed, device)
+        order = like_s.argsort(descending=True)
+        images, is_sensitive = images[order], like_s[order] > 0
         caption = "up to 100 images, those most like S first, those that look like S framed in red"
     else:
         cache = data_dir / name / f"classifier_{size}x{channels}.pt"
