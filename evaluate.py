@@ -4,6 +4,7 @@ Does it work? How many generated images are not sensitive, and how good are they
     python evaluate.py --ckpt out/mnist-pu-0.5/ckpt.pt                      # samples 5,000 images
     python evaluate.py --images samples/ --dataset mnist --sensitive odd    # PNGs from anywhere
     python evaluate.py --export_real real/ --dataset mnist                  # writes test normals
+    python evaluate.py --ckpt out/folder-pu-0.1/ckpt.pt                     # your own images
 
 The judge is a small network, trained on the real labels and kept beside the data set. It measures
 
@@ -13,6 +14,9 @@ The judge is a small network, trained on the real labels and kept beside the dat
                          2017, arXiv:1706.08500), in the judge's features. Do not compare it with
                          the FIDs of papers, which use those of Inception. The floor is the FID of
                          as many real training normals.
+
+Your own images have no labels. There, a classifier learns S, the sensitive images, against those in
+normal_test/: how many of all others look like S? And the Frechet distance needs no network.
 
 The last line printed is JSON and holds all figures.
 """
@@ -28,9 +32,10 @@ from PIL import Image
 
 import runtime
 from classifier import Classifier, predict, train_classifier
-from data import DATA_DIR, DATASETS, Images, digest, has_class, load, parse_classes
+from data import DATA_DIR, DATASETS, Images, digest, has_class, load, parse_classes, split
 from formats import FORMATS, decode
 from images import empty_png_folder, framed, save_grid, save_png, to_float
+from pu_filter import cross_entropy, fit, score
 from sample import draw, open_model, sampling_flags
 
 # -----------------------------------------------------------------------------
@@ -144,9 +149,85 @@ def measure(classifier: Classifier, images: torch.Tensor, data: Images, sensitiv
 
 
 # -----------------------------------------------------------------------------
+# your own images, without labels
+
+FOLDS, STEPS = 4, 200    # of the images; of each training
+
+
+def score_like_s(groups: dict, hflip: bool, device: torch.device) -> dict:
+    """groups: images [N, C, H, W] uint8 by name -> [N] logits by name, of a classifier of
+    "sensitive" against "normal_test".
+
+    Each fold of the images is judged by a classifier that was trained on the others. It has seen
+    none of them, so what it gets wrong in these two groups, it gets wrong in other real images."""
+    images = torch.cat(list(groups.values()))
+    indices = torch.arange(len(images)).split([len(group) for group in groups.values()])
+    parts, z = dict(zip(groups, indices)), torch.zeros(len(images))
+    torch.manual_seed(0)
+    for fold in range(FOLDS):
+        normal, sensitive = (parts[name][parts[name] % FOLDS != fold]
+                             for name in ("normal_test", "sensitive"))
+        model = fit(images, normal, sensitive, cross_entropy, hflip, STEPS, device,
+                    name=f"S or normal? fold {fold + 1} of {FOLDS}")
+        z[fold::FOLDS] = score(model, images, torch.arange(fold, len(images), FOLDS))
+    return {name: z[index] for name, index in parts.items()}
+
+
+def cells(images: torch.Tensor) -> torch.Tensor:
+    """images [N, C, H, W] uint8 -> the mean and the standard deviation of each color in each of
+    4x4 cells, [N, 32 C] float64. Unlike the features of an untrained network, they tell real
+    normals from a mixture with S, as well as from blurred and noisy images."""
+    features = []
+    for x in map(to_float, images.split(500)):
+        mean, mean_square = F.adaptive_avg_pool2d(x, 4), F.adaptive_avg_pool2d(x ** 2, 4)
+        deviation = (mean_square - mean ** 2).clamp(min=0).sqrt()
+        features.append(torch.cat([mean, deviation], dim=1).flatten(1).double())
+    return torch.cat(features)
+
+
+def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
+            device: torch.device) -> tuple:
+    """Compares images [N, C, H, W] uint8 with the parts of a folder, and prints a table.
+    -> its rows by name, and [N]: how much is each image like S? Above 0, a classifier takes it for
+    S; without normal_test/ there is none, and this is minus the distance to the nearest of S.
+
+    The Frechet distance is to one half of normal_test/ or, without it, of U. It depends on how many
+    images there are, so each row has as many, and the other half shows the floor."""
+    generator = torch.Generator().manual_seed(seed)
+    u, s, normal = split("folder", data)
+    u = u[torch.randperm(len(u), generator=generator)[:2 * len(images)]]
+    groups = {"images": images, "unlabeled": data.train[u], "sensitive": data.train[s]}
+    reference, z = "unlabeled", {}
+    if len(normal):
+        reference = "normal_test"
+        groups[reference] = data.test[torch.randperm(len(normal), generator=generator)]
+        z = score_like_s(groups, hflip, device)
+    features = {name: cells(group) for name, group in groups.items()}
+    like_s = z.get("images", -torch.cdist(features["images"], features["sensitive"]).amin(1))
+    n = min(len(images), len(groups[reference]) // 2)
+    half, features[reference] = features[reference].split([n, len(groups[reference]) - n])
+
+    share = "look like S (95 %)          " if z else ""
+    runtime.say(f"             images   {share}Frechet distance to {n:,} of {reference}/")
+    rows = {}
+    for name, group in groups.items():
+        row = rows[name] = {"n": len(group)}
+        line = f"{name:12} {len(group):6,}   "
+        if z:
+            count = int((z[name] > 0).sum())
+            low, high = wilson(count, len(group))
+            row |= dict(like_s=count / len(group), like_s_low=low, like_s_high=high)
+            line += f"{row['like_s']:.4f} ({low:.4f} to {high:.4f})   "
+        if len(features[name]) >= n:
+            row["distance"] = frechet_distance(features[name][:n], half)
+            line += f"{row['distance']:.3f}"
+        runtime.say(line.rstrip())
+    return rows, like_s
+
+
+# -----------------------------------------------------------------------------
 # the command
 
-LABELED = [name for name in DATASETS if name != "folder"]
 TRAINED = ["algorithm", "prior", "n_labeled", "model", "init_from", "dtype"]    # flags of train.py
 REPORT = """\
 judge               right on {classifier_accuracy:.2%} of the test labels; false alarms on
@@ -182,26 +263,34 @@ def evaluate(args: argparse.Namespace):
     name = args.dataset or run.get("dataset", "mnist")
     if name != run.get("dataset", name):
         raise ValueError(f"--dataset {name} is not what {args.ckpt} was trained on")
+    info, data_dir, sensitive = DATASETS[name], args.data_dir or DATA_DIR, []
     if name == "folder":
-        raise ValueError("a folder has no labels to judge by: use sample.py and an FID tool")
-    info = DATASETS[name]
-    sensitive = parse_classes(name, args.sensitive or run.get("sensitive", info["sensitive"]))
+        data_dir = Path(args.data_dir or run.get("data_dir", DATA_DIR))
+    else:
+        sensitive = parse_classes(name, args.sensitive or run.get("sensitive", info["sensitive"]))
     out_dir = args.out_dir or (args.ckpt.parent if ckpt else Path())
     out_dir.mkdir(parents=True, exist_ok=True)
     device = runtime.find_device(args.device)
     with runtime.first_rank_first():
-        data = load(name, args.data_dir, args.image_size or run.get("image_size"),
+        data = load(name, data_dir, args.image_size or run.get("image_size"),
                     args.channels or run.get("channels"))
     channels, size = data.train.shape[1:3]
 
     # the images
     if args.export_real:
-        empty_png_folder(args.export_real, "--export_real")
         normal = data.test[~has_class(data.test_labels, sensitive)]
+        if len(normal) == 0:
+            raise ValueError(f"{data_dir / 'normal_test'} holds no images to export")
+        empty_png_folder(args.export_real, "--export_real")
         for i, image in enumerate(normal):
             save_png(image, args.export_real / f"{i:05d}.png")
         runtime.say(f"{len(normal)} real test normals: {args.export_real}")
         return
+    if name == "folder":
+        _, s, normal = split(name, data, args.sensitive)
+        if 0 < len(normal) and min(len(s), len(normal)) < FOLDS:
+            raise ValueError(f"S has {len(s)} images and normal_test/ {len(normal)}: both need at "
+                             f"least {FOLDS} (without normal_test/, less is measured)")
     if ckpt:
         model, diffusion = open_model(ckpt, device)
         if (model.config.image_channels, model.config.image_size) != (channels, size):
@@ -216,24 +305,31 @@ def evaluate(args: argparse.Namespace):
         return
 
     # the figures
-    cache = args.data_dir / name / f"classifier_{size}x{channels}.pt"
-    classifier, accuracy = load_judge(data, info["hflip"], cache, device)
-    figures, is_sensitive = measure(classifier, images, data, sensitive, args.seed)
     trained = {key: run.get(key) for key in TRAINED}
     if ckpt:
         trained |= dict(loss_prior=ckpt["loss_prior"], train_seed=run.get("seed"),
                         train_steps=ckpt["step"], train_seconds=ckpt["seconds"])
     figures = dict(dataset=name, sensitive=sensitive, **trained, n=len(images),
                    sampler=args.sampler if ckpt else None, steps=args.steps if ckpt else None,
-                   seed=args.seed, **figures, classifier_accuracy=accuracy)
-    runtime.say(REPORT.format(**figures))
-    for i, count in enumerate(figures["classes"]):
-        bar = "#" * round(40 * count / max(1, *figures["classes"]))
-        mark = "sensitive" if i in sensitive else ""
-        if count or data.test_labels.ndim == 1:    # of the attributes of faces, those that occur
-            runtime.say(f"{info['classes'][i]:>20} {mark:9} {count:6d} {bar}")
-    runtime.say(f"{out_dir / 'evaluation.png'}: up to 100 images, those judged sensitive framed in "
-                f"red")
+                   seed=args.seed)
+    if name == "folder":
+        figures["groups"], like_s = compare(images, data, info["hflip"], args.seed, device)
+        order = like_s.argsort(descending=True)
+        images, is_sensitive = images[order], like_s[order] > 0
+        caption = "up to 100 images, those most like S first, those that look like S framed in red"
+    else:
+        cache = data_dir / name / f"classifier_{size}x{channels}.pt"
+        classifier, accuracy = load_judge(data, info["hflip"], cache, device)
+        measured, is_sensitive = measure(classifier, images, data, sensitive, args.seed)
+        figures |= dict(**measured, classifier_accuracy=accuracy)
+        runtime.say(REPORT.format(**figures))
+        for i, count in enumerate(figures["classes"]):
+            bar = "#" * round(40 * count / max(1, *figures["classes"]))
+            mark = "sensitive" if i in sensitive else ""
+            if count or data.test_labels.ndim == 1:    # of attributes of faces, those that occur
+                runtime.say(f"{info['classes'][i]:>20} {mark:9} {count:6d} {bar}")
+        caption = "up to 100 images, those judged sensitive framed in red"
+    runtime.say(f"{out_dir / 'evaluation.png'}: {caption}")
     runtime.say(json.dumps(figures))    # before anything fails
     save_grid(framed(images[:100], is_sensitive[:100]), out_dir / "evaluation.png")
 
@@ -246,11 +342,11 @@ def main():
     what.add_argument("--ckpt", type=Path, help="judge samples of this checkpoint of train.py")
     what.add_argument("--images", type=Path, help="judge the PNGs in this folder")
     what.add_argument("--export_real", type=Path, help="only write the test normals to this folder")
-    parser.add_argument("--dataset", choices=LABELED, help="(default: the checkpoint's, or mnist)")
-    parser.add_argument("--data_dir", type=Path, default=DATA_DIR, help="folder that holds mnist/")
+    parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's, or mnist)")
+    parser.add_argument("--data_dir", type=Path, help="folder of mnist/, or of unlabeled/")
     parser.add_argument("--image_size", type=runtime.positive,
-                        help="for celeba (default: the checkpoint's)")
-    parser.add_argument("--channels", type=int, choices=[1, 3], help="for celeba")
+                        help="for celeba and folder (default: the checkpoint's)")
+    parser.add_argument("--channels", type=int, choices=[1, 3], help="for celeba and folder")
     parser.add_argument("--sensitive", help="classes or groups (default: the checkpoint's)")
     parser.add_argument("--out_dir", type=Path, help="for evaluation.png (default: beside --ckpt)")
     sampling_flags(parser, n=5000)

@@ -351,7 +351,6 @@ with exit_status(parser, user_errors=False):
         join_pngs([before_path, samples_path], joined_path)
         say(f"{joined_path}: what it would have drawn, and what it draws now")
 say(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
-if args.dataset != "folder":
-    say(f"to judge it: python evaluate.py --ckpt {ckpt_path}")
+say(f"to judge it: python evaluate.py --ckpt {ckpt_path}")
 if world > 1:
     dist.destroy_process_group()

@@ -1,16 +1,20 @@
 """Rate and FID against closed forms and constants of SciPy; the command on real images."""
 import copy
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, refused, run
 from PIL import Image
 
 import data
 import evaluate
+import pu_filter
 from evaluate import frechet_distance, judge, load_judge, train_judge, wilson
 from images import save_png
 
@@ -278,3 +282,144 @@ def test_bad_command_lines(small_run, few, tmp_path, monkeypatch):
     refused(1, "does not exist", "evaluate.py", "--ckpt", tmp_path / "ckpt.pt")
     monkeypatch.setattr(data, "load", lambda *_: toy(several=False))
     refused(2, "draws other images than --image_size", "evaluate.py", "--ckpt", ckpt)
+
+
+# -----------------------------------------------------------------------------
+# your own images, without labels
+
+@pytest.fixture(scope="module")
+def digits(mnist):
+    """Returns small digits, [N, 1, 14, 14] uint8: even ones and odd ones, in random order."""
+    some = torch.randperm(60000, generator=torch.Generator().manual_seed(2))[:6000]
+    small = F.avg_pool2d(mnist.train[some].float(), 2).round().to(torch.uint8)
+    odd = mnist.train_labels[some] % 2 == 1
+    return small[~odd], small[odd]
+
+
+@pytest.fixture
+def folder(digits, tmp_path):
+    """Writes a user's data: U, a quarter of it odd; 40 odd digits as S; 120 even ones."""
+    even, odd = digits
+    for name, images in {"unlabeled": torch.cat([even[:150], odd[:50]]),
+                         "sensitive": odd[50:90], "normal_test": even[150:270]}.items():
+        write(images, tmp_path / name)
+    data.load("folder", tmp_path, 14, 1)    # decodes them: later, no progress is printed
+    return ["--dataset", "folder", "--data_dir", tmp_path, "--image_size", 14, "--channels", 1,
+            "--out_dir", tmp_path / "out"]
+
+
+def distance(images, reference):
+    return frechet_distance(evaluate.cells(images), evaluate.cells(reference))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_the_distance_orders_real_images(name):
+    """Normal images < half of them sensitive < all; and < blurred, < noisy, < ten repeated."""
+    if name != "mnist" and "PU_DATA" not in os.environ:
+        pytest.skip("needs real data: set PU_DATA")
+    real = data.load(name, Path(os.environ.get("PU_DATA", data.DATA_DIR)))
+    classes = data.parse_classes(name, data.DATASETS[name]["sensitive"])
+    is_sensitive = data.has_class(real.train_labels, classes)
+    normal, sensitive = real.train[~is_sensitive][:800], real.train[is_sensitive][:200]
+    reference, floor, x = normal.split([200, 200, 400])
+    x = x[:200]
+    noise = 60 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    floor = max(distance(floor, reference), distance(x, reference))
+    mix = distance(torch.cat([x[:100], sensitive[:100]]), reference)
+    assert 1.5 * floor < mix < distance(sensitive, reference) / 1.5
+    for worse in [x + noise, F.avg_pool2d(x.float(), 3, 1, 1), x[:10].repeat(20, 1, 1, 1)]:
+        assert distance(worse.clamp(0, 255).to(torch.uint8), reference) > 1.3 * floor
+
+
+def test_no_image_is_judged_by_a_classifier_that_was_trained_on_it(monkeypatch):
+    trained, judged = [], []
+
+    def fit(images, normal, sensitive, *_, **__):
+        assert all(images[normal] < 100) and all(images[sensitive] >= 100)
+        trained.append(torch.cat([normal, sensitive]).tolist())
+
+    def score(model, images, index):
+        assert not set(index.tolist()) & set(trained[-1])
+        judged.extend(index.tolist())
+        return images[index].flatten().float()
+
+    monkeypatch.setattr(evaluate, "fit", fit)
+    monkeypatch.setattr(evaluate, "score", score)
+    numbers = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1)
+    groups = {"images": numbers[:3], "normal_test": numbers[:30], "sensitive": numbers[100:105]}
+    z = evaluate.score_like_s(groups, False, CPU)
+    assert sorted(judged) == list(range(38)) and sorted(sum(trained, [])) == sorted(
+        3 * list(range(3, 38)))
+    for name, group in groups.items():
+        assert torch.equal(z[name], group.flatten().float())
+
+
+def test_real_images_beside_a_folder(folder, digits, tmp_path, monkeypatch):
+    """Normal images look like normal_test/, and sensitive ones like S."""
+    def short(*args, **flags):
+        return fit(*args[:5], 60, *args[6:], **flags)    # steps
+
+    fit = pu_filter.fit
+    monkeypatch.setattr(pu_filter, "fit", short)
+    even, odd = digits
+    mix = torch.stack([even[300:350], odd[300:350]], dim=1).flatten(0, 1)    # alternating
+    write(mix, tmp_path / "mix")
+    figures, printed = figures_of(*folder, "--images", tmp_path / "mix")
+    rows = figures["groups"]
+    assert {name: row["n"] for name, row in rows.items()} == {
+        "images": 100, "unlabeled": 200, "sensitive": 40, "normal_test": 120}
+    false_alarms, found = rows["normal_test"]["like_s"], rows["sensitive"]["like_s"]
+    assert false_alarms < 0.3 and found > 0.7
+    for name, share in {"images": 0.5, "unlabeled": 0.25}.items():
+        expected = share * found + (1 - share) * false_alarms
+        assert rows[name]["like_s"] == pytest.approx(expected, abs=0.12)
+        assert rows[name]["like_s_low"] < rows[name]["like_s"] < rows[name]["like_s_high"]
+    assert rows["normal_test"]["distance"] < rows["unlabeled"]["distance"]
+    assert rows["normal_test"]["distance"] < rows["images"]["distance"]
+    assert "distance" not in rows["sensitive"]    # they are fewer than 60
+    assert "Frechet distance to 60 of normal_test/" in printed
+    assert f"images          100   {rows['images']['like_s']:.4f} (" in printed
+
+    # the picture: those that look like S come first, framed
+    grid = torch.from_numpy(np.array(Image.open(tmp_path / "out" / "evaluation.png")))
+    corners = [grid[r * 19, c * 19] for r in range(10) for c in range(10)]
+    red = [corner.tolist() == [255, 0, 0] for corner in corners]
+    assert red == sorted(red, reverse=True) and sum(red) == 100 * rows["images"]["like_s"]
+
+
+def test_without_normal_images_less_is_said(folder, digits, tmp_path):
+    shutil.rmtree(tmp_path / "normal_test")
+    data.load("folder", tmp_path, 14, 1)
+    refused(2, "normal_test holds no images to export", "evaluate.py", *folder,
+            "--export_real", tmp_path / "real")
+    even, odd = digits
+    images = torch.cat([even[300:350], odd[60:61]])    # the last one is in S
+    write(images, tmp_path / "images")
+    figures, printed = figures_of(*folder, "--images", tmp_path / "images")
+    assert figures["groups"].keys() == {"images", "unlabeled", "sensitive"}
+    assert figures["groups"]["unlabeled"].keys() == {"n", "distance"}
+    assert "look like S (" not in printed and "51 of unlabeled/" in printed
+    grid = np.array(Image.open(tmp_path / "out" / "evaluation.png"))
+    assert np.array_equal(grid[2:16, 2:16, 0], odd[60, 0])    # the nearest to S comes first
+    assert (grid[:2, :18] == 255).all()    # no frame
+
+
+def test_a_folder_that_cannot_be_judged(folder, tmp_path):
+    flags = ["evaluate.py", *folder, "--images", tmp_path / "unlabeled"]
+    refused(2, "a folder is split already", *flags, "--sensitive", "odd")
+    for path in sorted((tmp_path / "normal_test").iterdir())[3:]:
+        path.unlink()
+    data.load("folder", tmp_path, 14, 1)
+    refused(2, "S has 40 images and normal_test/ 3: both need at least 4", *flags)
+    run("evaluate.py", *folder, "--export_real", tmp_path / "real")
+    assert len(list((tmp_path / "real").iterdir())) == 3
+
+
+def test_a_checkpoint_knows_its_folder(folder, small_run, tmp_path):
+    shutil.rmtree(tmp_path / "normal_test")
+    ckpt = torch.load(small_run[0] / "ckpt.pt", weights_only=True)
+    ckpt["args"] |= dict(dataset="folder", data_dir=str(tmp_path), image_size=28, channels=1)
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    figures, _ = figures_of("--ckpt", tmp_path / "ckpt.pt", "--n", 4, "--steps", 2)
+    assert figures["dataset"] == "folder" and figures["groups"]["images"]["n"] == 4
+    assert figures["groups"]["unlabeled"]["n"] == 8 and (tmp_path / "evaluation.png").exists()
