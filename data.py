@@ -175,7 +175,8 @@ def split(name: str, data: Images, sensitive: str = None, prior: float = None,
           n_unlabeled: int = None, n_labeled: int = None, seed: int = 0) -> tuple:
     """pu_split, with the data set's defaults for what is None.
 
-    A folder is split already: label 0 is U and 1 is S. Raises ValueError for other wishes."""
+    A folder is split already: label 0 is U and 1 is S. Raises ValueError if flags ask for another
+    split."""
     if name == "folder":
         if sensitive or n_unlabeled or n_labeled:
             raise ValueError("--sensitive, --n_unlabeled, --n_labeled: a folder is split already")

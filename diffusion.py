@@ -23,8 +23,8 @@ SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # default eta: the share 
 def betas(schedule: str, T: int) -> torch.Tensor:
     """The variance of the noise that each timestep adds -> [T] in (0, 1), float64.
     "linear": from 1e-4 to 0.02 (DDPM, section 4). "cosine": alpha_bar is the square of a cosine
-    (Nichol & Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2); EDM has N(2.4, 2.4^2), less
-    noise (table 1). Raises ValueError for another schedule."""
+    (Nichol & Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2); EDM uses N(2.4, 2.4^2),
+    which is less noisy (table 1). Raises ValueError for another schedule."""
     t = torch.arange(T + 1, dtype=torch.float64)
     if schedule == "linear":
         return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -86,8 +86,8 @@ class GaussianDiffusion(nn.Module):
 
     def timesteps(self, steps: int, spacing: str) -> list:
         """The timesteps that a sampler visits: T-1, ..., -1, where -1 stands for the clean image.
-        spacing: "uniform" in t (DDIM), or "log_snr", uniform in log(signal / noise) as far as no
-        timestep comes twice (DPM-Solver, arXiv:2206.00927, section 3.4)."""
+        spacing: "uniform" in t (DDIM), or "log_snr", uniform in log(signal / noise), but no
+        timestep is used twice (DPM-Solver, arXiv:2206.00927, section 3.4)."""
         if spacing == "uniform":
             return [round(self.T * (1 - i / steps)) - 1 for i in range(steps + 1)]
         half_log_snr = (self.signal / self.noise).log().cpu()

@@ -174,7 +174,7 @@ def score_like_s(groups: dict, hflip: bool, device: torch.device) -> dict:
 
 
 def cells(images: torch.Tensor) -> torch.Tensor:
-    """images [N, C, H, W] uint8 -> the mean and the standard deviation of each color in each of
+    """images [N, C, H, W] uint8 -> the mean and the standard deviation of each colour in each of
     4x4 cells, [N, 32 C] float64. Unlike the features of an untrained network, they tell real
     normals from a mixture with S, as well as from blurred and noisy images."""
     features = []

@@ -4,8 +4,8 @@ Which images of U are probably sensitive? A positive-unlabeled (PU) classifier s
     python pu_filter.py --prior 0.5        # writes out/filter-mnist-0.5/scores.pt and a picture
     python train.py --prior 0.5 --algorithm unsupervised --scores out/filter-mnist-0.5/scores.pt
 
-The default method trains on all of U and S. This filter is not part of it, but a tool that you may
-choose, and its rival: sort U first, then train on the rest (--algorithm unsupervised).
+The filter is optional, and not part of the default method, which trains on all of U and S. It is
+that method's rival: sort U first, then train on the rest (--algorithm unsupervised).
 
 The classifier needs no labeled normal image. It minimises the non-negative PU risk of Kiryo et al.
 2017 (arXiv:1703.00593), with equal weights for both classes (Su et al., IJCAI 2021), or it would
@@ -126,12 +126,12 @@ def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep
     try:
         scores = load_verified(path, kind)
         z_u, z_s, images = (scores[name] for name in ["z_u", "z_s", "images"])
-        fit = z_u.shape == scores["u"].shape and z_s.shape == scores["s"].shape
+        matches = z_u.shape == scores["u"].shape and z_s.shape == scores["s"].shape
     except FileNotFoundError:
         raise FileNotFoundError(f"--scores {path} does not exist: pu_filter.py writes it") from None
     except (AttributeError, LookupError, TypeError):
-        fit = False
-    if not fit:
+        matches = False
+    if not matches:
         raise OSError(f"--scores {path} is not {kind}, or is damaged")
     same = torch.equal(scores["u"], u) and torch.equal(scores["s"], s)
     if not same or images != digest(data.train):

@@ -26,11 +26,11 @@ import runtime
 from data import DATA_DIR, DATASETS, digest, has_class, load, on_device, parse_classes, split
 from diffusion import GaussianDiffusion
 from images import join_pngs, save_grid, to_float, to_uint8
-from pretrained import load_pretrained
+from pretrained import load_checkpoint, load_pretrained
 from pu_filter import read_scores
 from pu_loss import limited, pu_loss, supervised_loss
 from runtime import exit_status, mean_over_ranks, say
-from unet import UNet, UNetConfig, check, preset
+from unet import UNet, check, preset
 
 # -----------------------------------------------------------------------------
 # the flags, the device and its precision
@@ -49,7 +49,8 @@ torch.manual_seed(args.seed)
 model, known = None, {}
 with exit_status(parser):
     if ckpt:
-        model = UNet(UNetConfig(**ckpt["config"]))
+        model, _ = load_checkpoint(ckpt)
+        model.train().requires_grad_(True)
     elif args.init_from:
         hub_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
         with runtime.first_rank_first():
@@ -85,7 +86,8 @@ with exit_status(parser):
                       f"the run began, now {fingerprint}: {args.scores or args.data_dir} has "
                       f"changed")
     images, u, s = on_device(data.train, u, s, device)    # u and s: numbers of images
-    channels, size = images.shape[1:3]
+    shape = images.shape[1:]
+    channels, image_size, _ = shape
 
     share_s = len(s) / (len(u) + len(s))    # for the supervised risk
     micro_batches = world * args.grad_accum    # a step, over all ranks
@@ -107,12 +109,12 @@ with exit_status(parser):
 
 with exit_status(parser):
     if model is None:
-        model = UNet(preset(args.model, channels, size))
+        model = UNet(preset(args.model, channels, image_size))
     config = model.config
-    if (config.image_channels, config.image_size) != (channels, size):
+    if (config.image_channels, config.image_size) != (channels, image_size):
         raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
                          f"{config.image_size} images of {config.image_channels} channels, "
-                         f"{args.dataset} has {size}x{size} of {channels}")
+                         f"{args.dataset} has {image_size}x{image_size} of {channels}")
     model = model.to(device, memory_format=torch.channels_last)
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 net = model
@@ -129,7 +131,7 @@ def per_image_loss(x_0, t, eps):
 
 eager = per_image_loss    # stays uncompiled, for typical_losses
 if args.compile:
-    x = torch.zeros(args.batch_size // micro_batches, channels, size, size, device=device)
+    x = torch.zeros(args.batch_size // micro_batches, *shape, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(len(x), dtype=torch.long, device=device)
     # x twice would be one tensor for two arguments: torch.compile would compile again later
@@ -178,17 +180,17 @@ def save_checkpoint():
 def save_samples(path):
     generator = torch.Generator(device).manual_seed(args.seed)    # not that of training
     with autocast:
-        samples = diffusion.sample(ema, (64, channels, size, size), generator=generator)
+        samples = diffusion.sample(ema, (64, *shape), generator=generator)
     save_grid(to_uint8(samples), path)
 
 # -----------------------------------------------------------------------------
 # one step
 
-def draw_batch(sizes):
-    """The batch of one step, which all ranks draw alike: images of U, then of S, as many as sizes
-    says -> {name: [B, ...]}. Image i of S has the timestep and the noise of image i of U, which
-    makes the difference of their losses less noisy."""
-    n_u, n_s = sizes
+def draw_batch(composition):
+    """The batch of one step, which all ranks draw alike: n_u images of U, then n_s of S
+    -> {name: [B, ...]}. Image i of S has the timestep and the noise of image i of U, which makes
+    the difference of their losses less noisy."""
+    n_u, n_s = composition
     of_u = u[torch.randint(len(u), (n_u,), device=u.device)]
     of_s = s[torch.randint(max(1, len(s)), (n_s,), device=s.device)]    # S may be empty, and n_s 0
     batch = dict(index=torch.cat([of_u, of_s]))
@@ -197,7 +199,7 @@ def draw_batch(sizes):
     # numbers one golden ratio apart (modulo 1) are spread evenly, and so are the first n_s of them
     spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)
     t = (diffusion.T * (spread % 1)).long()
-    eps = torch.randn(n_u, channels, size, size, device=device)
+    eps = torch.randn(n_u, *shape, device=device)
     return batch | dict(t=torch.cat([t, t[:n_s]]), eps=torch.cat([eps, eps[:n_s]]))
 
 def read_images(index):
@@ -217,7 +219,7 @@ def typical_losses():
             total += eager(x_0, t, eps)
     return total.view(20, 10).mean(1) / 20
 
-def accumulate_gradients(batch, sizes, negative=None):
+def accumulate_gradients(batch, composition, negative=None):
     """Sends this rank's micro-batches of a batch forward and backward.
 
     negative: bool scalar, is E_U[l] - prior E_S[l] of the whole batch negative? None: computed
@@ -226,8 +228,9 @@ def accumulate_gradients(batch, sizes, negative=None):
     """
     means = {}
     for first in range(rank, micro_batches, world):
-        micro_batch = {name: torch.cat([part[first::micro_batches] for part in x.split(sizes)])
-                       for name, x in batch.items()}
+        micro_batch = {}
+        for name, x in batch.items():
+            micro_batch[name] = torch.cat([of[first::micro_batches] for of in x.split(composition)])
         x_0, t = read_images(micro_batch["index"]), micro_batch["t"]
         if args.hflip:
             x_0 = torch.where(micro_batch["mirrored"], x_0.flip(3), x_0)
@@ -235,7 +238,7 @@ def accumulate_gradients(batch, sizes, negative=None):
         net.require_backward_grad_sync = first + world >= micro_batches    # for DDP: after the last
         loss = per_image_loss(x_0, t, eps)    # [B]
         capped = loss if typical is None else limited(loss, t, typical, args.limit)
-        split_sizes = [n // micro_batches for n in sizes]
+        split_sizes = [n // micro_batches for n in composition]
         loss_u, loss_s = capped.split(split_sizes)
 
         names_and_losses = zip(["loss_u", "loss_s"], loss.split(split_sizes))
@@ -255,16 +258,16 @@ def accumulate_gradients(batch, sizes, negative=None):
             means[name] = means.get(name, 0) + value.detach() / args.grad_accum
     return means
 
-def take_step(batch, sizes):
+def take_step(batch, composition):
     """Updates the weights and their moving average -> {name: mean over the batch} for the log"""
     # With several micro-batches, the sign of the difference is known only after the last of them.
     # Assume that it is positive; where it was not, do the step again.
     negative = None if args.grad_accum == 1 else torch.tensor(False, device=device)
-    means = accumulate_gradients(batch, sizes, negative)
+    means = accumulate_gradients(batch, composition, negative)
     assumed = negative is not None and "difference" in means and args.correction != "none"
     if assumed and mean_over_ranks(means["difference"]) < 0:
         optimizer.zero_grad()
-        means = accumulate_gradients(batch, sizes, ~negative)
+        means = accumulate_gradients(batch, composition, ~negative)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
     scaler.step(optimizer)
@@ -305,10 +308,10 @@ if step >= args.max_steps:
 with exit_status(parser, user_errors=False):
     while step < args.max_steps:
         lr = optimizer.param_groups[0]["lr"] = recipe.learning_rate(args, step, pu_start)
-        sizes = (n_u, n_s) if step >= pu_start else (args.batch_size, 0)
+        composition = (n_u, n_s) if step >= pu_start else (args.batch_size, 0)
         if use_limit and step == pu_start:
             typical = typical_losses()
-        for name, value in take_step(draw_batch(sizes), sizes).items():
+        for name, value in take_step(draw_batch(composition), composition).items():
             sums[name] = sums.get(name, 0) + value
         n_summed += 1
         step += 1
