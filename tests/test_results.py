@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, refused, run
+from PIL import Image
 
 import data
 
@@ -133,3 +134,20 @@ def test_it_trains_what_is_missing_and_goes_on_after_a_failure(tmp_path):
     assert len(calls) == 15 + len(resumed)
     assert any("--algorithm supervised" in call for call in resumed)
     assert len(table_rows(printed)) == check_rows(printed, map(json.loads, lines)) == 18
+
+
+# -----------------------------------------------------------------------------
+# results/plot.py
+
+def test_it_draws_the_log_of_a_run(small_run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.syspath_prepend(ROOT / "results")
+    shutil.copy(small_run[0] / "log.csv", tmp_path)
+    run("results/plot.py", tmp_path / "log.csv")
+    with Image.open(tmp_path / "log.png") as image:
+        assert image.width > 500
+    (tmp_path / "empty.csv").touch()
+    refused(1, "has no rows of train.py", "results/plot.py", tmp_path / "empty.csv")
+    plot = runpy.run_path(str(ROOT / "results" / "plot.py"))
+    plot["draw_labels"](tmp_path / "labels.png")
+    assert (tmp_path / "labels.png").exists()
