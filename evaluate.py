@@ -199,7 +199,7 @@ def evaluate(args: argparse.Namespace):
         empty_png_folder(args.export_real, "--export_real")
         normal = data.test[~has_class(data.test_labels, sensitive)]
         for i, image in enumerate(normal):
-            save_png(image, args.export_real / f"{i:05d}.png")
+            save_png(image, args.export_real / f"{i:05d}.png", sync=False)
         print(f"{len(normal)} real test normals: {args.export_real}")
         return
     if ckpt:

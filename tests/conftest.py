@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import diffusion
 
@@ -69,6 +70,17 @@ def torchrun(script, *flags):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def same(a, b):
+    """Are these nested dicts and lists of tensors and other things equal?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 SMALL = ["--dataset", "mnist", "--prior", "0.5", "--pu_start", 0, "--limit", "inf",

@@ -559,8 +559,10 @@ def test_half_a_cache_is_decoded_again(tmp_path):
     load("folder", tmp_path)
     (cache,) = tmp_path.glob("*.bin")
     whole = cache.read_bytes()
-    for size in (0, 50, len(whole) - 32, len(whole) // 255 * 200):    # the last two: whole records
-        cache.write_bytes(whole[:size])
+    record = (len(whole) - 36) // 255
+    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    for damaged in [b"", whole[:30], whole[:50], whole[:200 * record], whole[:-4], flipped]:
+        cache.write_bytes(damaged)
         assert len(load("folder", tmp_path).train) == 250
         assert cache.read_bytes() == whole
 
@@ -595,6 +597,12 @@ class Hostile(BaseHTTPRequestHandler):
         body = FILES[name]
         if manner in ("404", "500"):
             return self.send_error(int(manner))
+        if manner in ("hub", "other"):    # promises a file, or another one, and says where it lies
+            self.send_response(302)
+            content = body if manner == "hub" else b"something else"
+            self.send_header("X-Linked-ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Location", f"/ok/{name}")
+            return self.end_headers()
         self.send_response(200)
         if manner == "portal":
             body = b"<html>Please log in</html>"
@@ -657,6 +665,26 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, server, manner,
     assert not list((tmp_path / "data" / "cifar10").iterdir())
     serve_cifar10(monkeypatch, server, [manner, "ok"], tmp_path)    # a second address makes good
     assert load("cifar10", tmp_path / "data").train.shape == (10, 3, 32, 32)
+
+
+def test_the_checksum_of_the_hub_is_verified(tmp_path, server):
+    FILES["weights"] = b"weights"
+    with pytest.raises(OSError, match="weights could not be downloaded.*expected SHA256"):
+        formats.fetch([f"{server}/other/weights"], tmp_path / "weights", lambda path: None)
+    assert not list(tmp_path.iterdir())
+    formats.fetch([f"{server}/hub/weights"], tmp_path / "weights", lambda path: None)
+    assert (tmp_path / "weights").read_bytes() == b"weights"
+
+
+def test_what_a_killed_download_leaves_is_removed(tmp_path, server):
+    FILES["a[1].gz"] = b"content"
+    for name in ["a[1].gz.7.tmp", "a[1].gz.8.tmp", "b.gz.7.tmp"]:    # only the second is in use
+        (tmp_path / name).touch()
+    for name in ["a[1].gz.7.tmp", "b.gz.7.tmp"]:
+        os.utime(tmp_path / name, (time.time() - 3600,) * 2)
+    formats.fetch([f"{server}/ok/a[1].gz"], tmp_path / "a[1].gz", lambda path: None)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["a[1].gz", "a[1].gz.8.tmp", "b.gz.7.tmp"]
 
 
 def member(name, **kind):
