@@ -283,7 +283,7 @@ def evaluate(args: argparse.Namespace):
             raise ValueError(f"{data_dir / 'normal_test'} holds no images to export")
         empty_png_folder(args.export_real, "--export_real")
         for i, image in enumerate(normal):
-            save_png(image, args.export_real / f"{i:05d}.png")
+            save_png(image, args.export_real / f"{i:05d}.png", sync=False)
         runtime.say(f"{len(normal)} real test normals: {args.export_real}")
         return
     if name == "folder":

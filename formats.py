@@ -4,6 +4,7 @@ Files to arrays: IDX, CIFAR-10, STL-10, CelebA, a folder of images, and download
 Each `load_*` returns training images, their labels, test images and their labels, in this order.
 Images are uint8 tensors [N, C, H, W]. Files that are missing or damaged raise OSError.
 """
+import glob
 import gzip
 import hashlib
 import os
@@ -11,9 +12,9 @@ import re
 import sys
 import tarfile
 import tempfile
-import time
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from runtime import ranks, regular, write_whole
+from runtime import ranks, regular, remove_stale, write_whole
 
 IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -251,20 +252,21 @@ def decode_all(paths: list, image_size: int, channels: int, folder: Path) -> tup
         key.update(os.fsencode(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n"))
     record = np.dtype([("index", "i8"), ("image", "u1", (channels, image_size, image_size))])
     cache = folder / f"decoded_{image_size}x{channels}.bin"
-    if not ends_with(cache, key.digest()):
+    if not intact(cache, key.digest()):
         cache = cache_folder(folder) / cache.name
-    if not ends_with(cache, key.digest()):
+    if not intact(cache, key.digest()):
         write_whole(cache, partial(write_records, paths=paths, record=record, key=key.digest()))
-    n = (cache.stat().st_size - key.digest_size) // record.itemsize
+    n = (cache.stat().st_size - len(key.digest()) - 4) // record.itemsize
     records = np.memmap(cache, record, mode="c", shape=n)    # copy on write: no tensor is read-only
     return torch.from_numpy(records["image"]), torch.from_numpy(records["index"].copy())
 
 
-def ends_with(path: Path, key: bytes) -> bool:
-    """Is there a file that ends with these bytes?"""
-    with suppress(OSError), regular(path).open("rb") as file:
-        file.seek(-len(key), os.SEEK_END)
-        return file.read() == key
+def intact(path: Path, key: bytes) -> bool:
+    """Is there a file that ends with this key, and behind it the checksum of all before?"""
+    with suppress(OSError, ValueError):    # ValueError: it is empty
+        raw = np.memmap(regular(path), np.uint8, mode="r")
+        end = raw[-len(key) - 4:].tobytes()
+        return end[:-4] == key and end[-4:] == zlib.crc32(raw[:-len(end)]).to_bytes(4)
     return False
 
 
@@ -278,16 +280,14 @@ def cache_folder(folder: Path) -> Path:
         cache = home / "pu_diffusion" / hashlib.sha256(bytes(folder.resolve())).hexdigest()[:16]
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)    # the images may be private
         print(f"{folder} is read-only: its decoded images are kept in {cache}", file=sys.stderr)
-    for path in cache.glob("decoded_*.tmp"):    # of other runs, or of killed ones
-        with suppress(OSError):    # another run may have renamed or removed it
-            if time.time() - path.stat().st_mtime > 600:    # seconds without a new byte
-                path.unlink()
+    remove_stale(cache, "decoded_*.tmp")
     return cache
 
 
 def write_records(file_path: Path, paths: list, record: np.dtype, key: bytes):
-    """Decodes images on several cores and writes a record of each, and the key behind them."""
+    """Decodes images on several cores and writes a record of each, then what intact looks for."""
     channels, image_size, _ = record["image"].shape
+    checksum = 0
 
     def attempt(i):
         try:
@@ -300,14 +300,16 @@ def write_records(file_path: Path, paths: list, record: np.dtype, key: bytes):
     with file_path.open("wb") as file, ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         for first in range(0, len(paths), 100):    # few at a time, to save memory
             batch = range(first, min(first + 100, len(paths)))
-            file.writelines(pool.map(attempt, batch))    # Pillow releases the GIL
+            for raw in pool.map(attempt, batch):    # Pillow releases the GIL
+                file.write(raw)
+                checksum = zlib.crc32(raw, checksum)
             n_decoded = file.tell() // record.itemsize
             n_skipped = batch.stop - n_decoded
             if n_skipped > 0.01 * len(paths):
                 raise OSError(f"{n_skipped:,} of {len(paths):,} images cannot be decoded, "
                               f"more than 1 %: remove or replace the files named above")
             print(f"\rdecoded {n_decoded:,} of {len(paths):,} images", end="", file=sys.stderr)
-        file.write(key)
+        file.write(key + checksum.to_bytes(4))
     print(file=sys.stderr)
 
 
@@ -320,6 +322,7 @@ def fetch(urls: list, path: Path, verify):
     verify: a function of the downloaded file's path that raises OSError if its content is wrong.
     Raises OSError with what went wrong at each url."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(path.parent, f"{glob.escape(path.name)}.*.tmp")
     failures = []
     for url in urls:
         try:
@@ -330,10 +333,23 @@ def fetch(urls: list, path: Path, verify):
                   f"try again, or put that file at {path}")
 
 
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Keeps the SHA-256 that the hub gives for a large file, before it says where the file lies."""
+    sha256 = None
+
+    def redirect_request(self, request, file, code, message, headers, url):
+        tag = headers.get("X-Linked-ETag", "").strip('"')
+        if len(tag) == 64:    # a small file has another checksum, git's
+            self.sha256 = tag
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
 def download(path: Path, url: str, verify):
     """Raises ValueError with the reason if it fails."""
+    redirect = Redirect()
+    opener = urllib.request.build_opener(redirect)
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file:
+        with opener.open(url, timeout=TIMEOUT) as response, path.open("wb") as file:
             if response.headers.get_content_type() == "text/html":
                 raise OSError("a web page came instead: does this network ask for a login?")
             size = int(response.headers["Content-Length"] or 0)
@@ -343,6 +359,8 @@ def download(path: Path, url: str, verify):
         print(file=sys.stderr)
         if path.stat().st_size < size:
             raise OSError(f"the connection ended after {path.stat().st_size:,} of {size:,} bytes")
+        if redirect.sha256:
+            check_sum(path, "sha256", redirect.sha256)
         verify(path)
     except Exception as error:    # a server can make urllib raise anything
         raise ValueError(error) from None
@@ -352,19 +370,19 @@ def fetch_archive(folder: Path, urls: list, md5: str, top: str):
     """Downloads a .tar.gz, unless it is in `folder` already, and unpacks its folder `top`."""
     archive = folder / urls[0].rsplit("/", 1)[-1]
     if archive.exists():
-        check_md5(archive, md5)
+        check_sum(archive, "md5", md5)
     else:
-        fetch(urls, archive, partial(check_md5, md5=md5))
+        fetch(urls, archive, partial(check_sum, kind="md5", expected=md5))
     unpack(archive, folder, top)
     archive.unlink()
 
 
-def check_md5(path: Path, md5: str):
+def check_sum(path: Path, kind: str, expected: str):
     with regular(path).open("rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != md5:
-        raise OSError(f"{path} is not the published file: expected MD5 {md5}, found {found}; "
-                      f"delete it to download it again")
+        found = hashlib.file_digest(file, kind).hexdigest()
+    if found != expected:
+        raise OSError(f"{path} is not the published file: expected {kind.upper()} {expected}, "
+                      f"found {found}; delete it to download it again")
 
 
 def unpack(archive: Path, folder: Path, top: str):

@@ -32,9 +32,10 @@ def picture(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def save_png(image: torch.Tensor, path: Path):
-    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as PNG whatever the path's suffix."""
-    picture(image).save(path, format="PNG")
+def save_png(image: torch.Tensor, path: Path, sync: bool = True):
+    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as PNG whatever the path's suffix.
+    sync: see runtime.write_whole"""
+    write_whole(path, partial(picture(image).save, format="PNG"), sync=sync)
 
 
 def empty_png_folder(folder: Path, flag: str):
@@ -61,7 +62,7 @@ def grid(images: torch.Tensor) -> torch.Tensor:
 
 def save_grid(images: torch.Tensor, path: Path):
     """Writes a grid of images, uint8 [N, C, H, W], as PNG."""
-    write_whole(path, partial(save_png, grid(images)))
+    save_png(grid(images), path)
 
 
 def save_grids(groups: list, path: Path):
@@ -69,7 +70,7 @@ def save_grids(groups: list, path: Path):
     grids = [grid(images) for images in groups]
     height = max(image.shape[1] for image in grids)
     padded = [F.pad(image, (0, 12, 0, height - image.shape[1]), value=255) for image in grids]
-    write_whole(path, partial(save_png, torch.cat(padded, dim=2)[:, :, :-12]))
+    save_png(torch.cat(padded, dim=2)[:, :, :-12], path)
 
 
 def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from data import DATA_DIR
 from diffusion import GaussianDiffusion
 from formats import fetch
-from runtime import load_verified, read_checkpoint, save_whole
+from runtime import load_verified, read_checkpoint, save_whole, write_whole
 from unet import UNet, UNetConfig
 
 HUB = "https://huggingface.co"
@@ -305,4 +306,5 @@ def save_pretrained(model: UNet, diffusion: GaussianDiffusion, folder: Path):
     save_whole(weights, folder / f"{WEIGHTS}.bin")
     for file, fields in [("config.json", describe(model.config)), ("model_index.json", index),
                          ("scheduler_config.json", scheduler)]:
-        (folder / file).write_text(json.dumps(fields, indent=2) + "\n")
+        text = json.dumps(fields, indent=2) + "\n"
+        write_whole(folder / file, partial(Path.write_text, data=text))

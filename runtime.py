@@ -71,10 +71,13 @@ class SignalWatch:
         elif time.monotonic() - self.start > 1:
             sys.exit(128 + number)
 
-    def received(self, device: torch.device) -> int:
-        """-> the number of the signal that any rank has caught, or 0. All ranks agree on it."""
+    def received(self, step: int, device: torch.device) -> int:
+        """-> the number of the signal that any rank has caught, or 0. All ranks agree on it. They
+        look at every tenth step only, since a GPU waits for the answer."""
         if ranks()[1] == 1:
             return self.number
+        if step % 10:
+            return 0
         number = torch.tensor(self.number, device=device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
@@ -94,28 +97,39 @@ def regular(path: Path) -> Path:
     return path
 
 
-def write_whole(path: Path, write, keep: Path = None):
+def write_whole(path: Path, write, keep: Path = None, sync: bool = True):
     """Calls write(temporary path), then renames, so that path never holds half a file, even after
-    a power cut. What it held before stays under the name `keep`, if that is given.
+    a power cut (sync: False, faster, where that does not matter). What it held before stays under
+    the name `keep`, if that is given.
     Raises OSError naming path where it cannot be written; no temporary file stays behind."""
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(part, path)
         with suppress(OSError):    # Windows and some network file systems cannot
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            if sync:
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     except OSError as error:
         if error.errno is None or error.filename not in (None, part, str(part)):
             raise    # it is not about writing
         raise OSError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path, pattern: str):
+    """Removes the temporary files that killed processes left, but not those of running ones."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):    # another process may have renamed or removed it
+            if time.time() - path.stat().st_mtime > 600:    # seconds without a new byte
+                path.unlink()
 
 
 def save_whole(state, path: Path, keep: Path = None):
@@ -174,14 +188,14 @@ def read_checkpoint(path: Path) -> dict:
     return ckpt
 
 
-def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
+def open_log(path: Path, columns: list, last_step: int):
     """Opens a log of rows with these columns, the first of which is "step", to go on behind
-    last_step. Rows after it go, for they come again; rows that are damaged go, too. Cells without
-    a value are empty."""
+    last_step -> a function that writes a row, a dict. Rows after last_step go, for they come again;
+    rows that are damaged go, too. Cells without a value are empty."""
     rows = []
     if path.exists():
         with path.open(newline="", errors="replace") as file:
-            for row in csv.DictReader(file, columns):
+            for row in csv.DictReader(file, columns, quoting=csv.QUOTE_NONE):
                 whole = None not in row and None not in row.values() and row["step"].isdigit()
                 if whole and int(row["step"]) <= last_step:
                     rows.append(row)
@@ -193,7 +207,15 @@ def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
             log.writerows(rows)
 
     write_whole(path, rewrite)
-    return csv.DictWriter(path.open("a", newline="", buffering=1), columns)
+    log = csv.DictWriter(path.open("a", newline="", buffering=1), columns)
+
+    def write_row(row):
+        try:
+            log.writerow(row)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror}") from None
+
+    return write_row
 
 
 def read_newest(path: Path, previous: Path) -> dict:
@@ -222,7 +244,7 @@ def lock_folder(folder: Path):
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for part in folder.glob("ckpt*.tmp"):    # of a run that was killed while it saved
+        for part in folder.glob("*.[0-9]*.tmp"):    # of a run that was killed while it saved
             part.unlink()
     except BlockingIOError:
         raise ValueError(f"another run uses {folder}: wait, or name another folder") from None

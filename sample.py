@@ -65,7 +65,7 @@ def draw(args, model, diffusion, out_dir: Path = None) -> torch.Tensor:
                 batch.copy_(to_uint8(x))
             if mine and out_dir:
                 for i, image in enumerate(batch.cpu(), start=number * args.batch_size):
-                    save_png(image, out_dir / f"{i:05d}.png")
+                    save_png(image, out_dir / f"{i:05d}.png", sync=False)
     if world > 1:
         dist.all_reduce(images)    # each image is zero on all ranks but one
     return images.cpu()

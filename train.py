@@ -154,14 +154,17 @@ if ckpt:
         typical = ckpt["typical"].to(device)
     runtime.set_random_state(ckpt["rng"], device)
 first_step, start = step, time.time()
-ckpt_path = args.out_dir / "ckpt.pt"
+ckpt_path, joined_path = args.out_dir / "ckpt.pt", args.out_dir / "before_after.png"
 
 with exit_status(parser):
     if rank == 0:
         lock = runtime.lock_folder(args.out_dir)    # held until the process ends
         columns = "step risk loss_u loss_s difference corrected lr images_per_second seconds"
-        log = runtime.open_log(args.out_dir / "log.csv", columns.split(), step)
+        write_row = runtime.open_log(args.out_dir / "log.csv", columns.split(), step)
 watch = runtime.SignalWatch()
+
+def samples_path(step):
+    return args.out_dir / f"samples_{step:06d}.png"
 
 def check_finite():
     """So that no checkpoint is overwritten with a broken one."""
@@ -177,11 +180,18 @@ def save_checkpoint():
                   seconds=seconds + time.time() - start)
     runtime.save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
 
-def save_samples(path):
+def due(interval):
+    """Is this step one of every `interval`, or the last of one part?"""
+    return step % interval == 0 or step in (pu_start, args.max_steps)
+
+def save_samples():
+    """A grid at this step; at the end also beside the one from before the PU risk"""
     generator = torch.Generator(device).manual_seed(args.seed)    # not that of training
     with autocast:
         samples = diffusion.sample(ema, (64, *shape), generator=generator)
-    save_grid(to_uint8(samples), path)
+    save_grid(to_uint8(samples), samples_path(step))
+    if step == args.max_steps and samples_path(pu_start).exists():
+        join_pngs([samples_path(pu_start), samples_path(step)], joined_path)
 
 # -----------------------------------------------------------------------------
 # one step
@@ -298,6 +308,9 @@ say(f"{args.model or args.init_from} U-Net of "
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
     f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "
     f"from step {step}; results in {args.out_dir}")
+if ckpt and due(args.sample_interval) and rank == 0:
+    with exit_status(parser, user_errors=False):
+        save_samples()    # the run may have been stopped after its checkpoint, before its grid
 if step >= args.max_steps:
     say(f"{ckpt_path} is at step {step}: nothing is left to do; --max_steps goes further")
     sys.exit()
@@ -316,10 +329,8 @@ with exit_status(parser, user_errors=False):
         n_summed += 1
         step += 1
 
-        last = step in (pu_start, args.max_steps)    # of one part
-        log_is_due = last or step % args.log_interval == 0
-        save_is_due = last or step % args.sample_interval == 0
-        signal_number = watch.received(device)
+        log_is_due, save_is_due = due(args.log_interval), due(args.sample_interval)
+        signal_number = watch.received(step, device)
         if log_is_due or save_is_due or signal_number:
             sums = {name: mean_over_ranks(value) for name, value in sums.items()}
             check_finite()
@@ -333,25 +344,21 @@ with exit_status(parser, user_errors=False):
                 f"{of_s}lr {lr:.2e}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left")
             if rank == 0:
                 row |= dict(step=step, lr=lr, images_per_second=round(speed, 1))
-                log.writerow(row | dict(seconds=round(seconds + elapsed, 1)))
+                write_row(row | dict(seconds=round(seconds + elapsed, 1)))
             sums, n_summed = {}, 0
         if (save_is_due or signal_number) and rank == 0:
             save_checkpoint()
         if signal_number:
             say(f"interrupted: step {step} is saved, --resume goes on from there")
             sys.exit(128 + signal_number)
-        samples_path = args.out_dir / f"samples_{step:06d}.png"
         if save_is_due and rank == 0:
-            save_samples(samples_path)
+            save_samples()
         if step == pu_start:
             say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
-                f"{samples_path} is what the network would have drawn")
+                f"{samples_path(step)} is what the network would have drawn")
 
     say(f"trained for {(seconds + elapsed) / 60:.1f} minutes; everything is in {args.out_dir}")
-    before_path = args.out_dir / f"samples_{pu_start:06d}.png"
-    if rank == 0 and before_path.exists():
-        joined_path = args.out_dir / "before_after.png"
-        join_pngs([before_path, samples_path], joined_path)
+    if joined_path.exists():
         say(f"{joined_path}: what it would have drawn, and what it draws now")
 say(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
 say(f"to judge it: python evaluate.py --ckpt {ckpt_path}")

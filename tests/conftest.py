@@ -9,9 +9,12 @@ import runpy
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from PIL import Image
 
@@ -21,6 +24,7 @@ import formats
 import unet
 
 ROOT = Path(__file__).parent.parent
+rng = np.random.default_rng(0)
 MINI = dict(channels=(8, 16), groups=4, blocks=1, attention=(1,), patch=4)    # a small network
 
 read_once = functools.cache(formats.read_idx)    # MNIST, which many tests load
@@ -101,6 +105,17 @@ def torchrun(*scripts):
     return result.stdout
 
 
+def same(a, b):
+    """Are these nested dicts and lists of tensors and other things equal?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 SMALL = ["--dataset", "mnist", "--prior", "0.5", "--pu_start", 0, "--limit", "inf",
          "--device", "cpu", "--dtype", "float32", "--batch_size", 32, "--warmup_steps", 5]
 SAMPLING = ["--device", "cpu", "--dtype", "float32", "--steps", 3, "--n", 7, "--batch_size", 2]
@@ -157,6 +172,43 @@ def make_folder(root, n=200, broken=()):
             else:
                 Image.fromarray(digits[i]).save(path, format=["PNG", "JPEG"][i % 2])
     (root / "unlabeled" / "notes.txt").write_text("not an image, and not meant to be")
+
+
+def random_bytes(*shape):
+    return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_cifar10(folder, batches=2, n=5):
+    folder.mkdir(parents=True)
+    for name in [*(f"data_batch_{i + 1}.bin" for i in range(batches)), "test_batch.bin"]:
+        records = random_bytes(n, 3073)
+        records[:, 0] %= 10
+        (folder / name).write_bytes(records.tobytes())
+
+
+def write_celeba(folder, as_zip):
+    folder.mkdir(parents=True)
+    names = ["5_o_Clock_Shadow", *(f"Attribute_{i}" for i in range(1, 40))]
+    rows, partition = [], []
+    for i in range(3):    # 178 x 218: red, blue to the right, green outside the centre square
+        face = np.zeros((218, 178, 3), np.uint8)
+        face[:, :89, 0] = face[:, 89:, 2] = 250
+        face[:18] = face[-18:] = (0, 250, 0)
+        stream = io.BytesIO()
+        Image.fromarray(face).save(stream, "JPEG", quality=95)
+        name = f"{i + 1:06d}.jpg"
+        if as_zip:
+            with zipfile.ZipFile(folder / "img_align_celeba.zip", "a") as archive:
+                archive.writestr(f"img_align_celeba/{name}", stream.getvalue())
+        else:
+            (folder / "img_align_celeba").mkdir(exist_ok=True)
+            (folder / "img_align_celeba" / name).write_bytes(stream.getvalue())
+        values = [1 if (k + i) % 2 == 0 else -1 for k in range(40)]
+        rows.append(f"{name} " + " ".join(f"{value:2d}" for value in values) + " ")
+        partition.append(f"{name} {[0, 1, 2][i]}")
+    lines = ["3", " ".join(names) + " ", *rows]
+    (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
+    (folder / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
 
 
 def overhear(monkeypatch, *flags):

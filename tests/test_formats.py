@@ -13,14 +13,13 @@ import tarfile
 import tempfile
 import threading
 import time
-import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_folder
+from conftest import ROOT, make_folder, random_bytes, write_celeba, write_cifar10
 from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError, features
 
 import formats
@@ -28,11 +27,6 @@ from data import DATA_DIR, has_class, load, parse_classes, split
 from formats import decode, read_idx
 
 REAL = Path(os.environ.get("PU_DATA", "no such folder"))    # holds fashion_mnist/ and cifar10/
-rng = np.random.default_rng(0)
-
-
-def random_bytes(*shape):
-    return rng.integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture
@@ -104,7 +98,7 @@ def test_a_gzip_bomb_is_read_no_further_than_the_longest_file(tmp_path):
 
 def test_a_fifo_in_place_of_a_published_file_is_not_waited_for(copy, impatient):
     write_cifar10(copy / "cifar10" / "cifar-10-batches-bin")
-    celeba(copy / "celeba", as_zip=False)
+    write_celeba(copy / "celeba", as_zip=False)
     for name, file_name in [("mnist", "train-images-idx3-ubyte.gz"),
                             ("cifar10", "cifar-10-batches-bin/data_batch_1.bin"),
                             ("celeba", "list_attr_celeba.txt")]:
@@ -122,14 +116,6 @@ def test_read_idx_round_trip(tmp_path):
 
 
 # CIFAR-10 and STL-10: a pixel's place in the file is computed here from the published description
-
-def write_cifar10(folder, batches=2, n=5):
-    folder.mkdir(parents=True)
-    for name in [*(f"data_batch_{i + 1}.bin" for i in range(batches)), "test_batch.bin"]:
-        records = random_bytes(n, 3073)
-        records[:, 0] %= 10
-        (folder / name).write_bytes(records.tobytes())
-
 
 def test_cifar10_layout(tmp_path):
     write_cifar10(tmp_path / "cifar10" / "cifar-10-batches-bin")
@@ -198,34 +184,9 @@ def test_real_cifar10():
 
 # CelebA: three faces, and the real text formats
 
-def celeba(folder, as_zip):
-    folder.mkdir(parents=True)
-    names = ["5_o_Clock_Shadow", *(f"Attribute_{i}" for i in range(1, 40))]
-    rows, partition = [], []
-    for i in range(3):    # 178 x 218: red, blue to the right, green outside the centre square
-        face = np.zeros((218, 178, 3), np.uint8)
-        face[:, :89, 0] = face[:, 89:, 2] = 250
-        face[:18] = face[-18:] = (0, 250, 0)
-        stream = io.BytesIO()
-        Image.fromarray(face).save(stream, "JPEG", quality=95)
-        name = f"{i + 1:06d}.jpg"
-        if as_zip:
-            with zipfile.ZipFile(folder / "img_align_celeba.zip", "a") as archive:
-                archive.writestr(f"img_align_celeba/{name}", stream.getvalue())
-        else:
-            (folder / "img_align_celeba").mkdir(exist_ok=True)
-            (folder / "img_align_celeba" / name).write_bytes(stream.getvalue())
-        values = [1 if (k + i) % 2 == 0 else -1 for k in range(40)]
-        rows.append(f"{name} " + " ".join(f"{value:2d}" for value in values) + " ")
-        partition.append(f"{name} {[0, 1, 2][i]}")
-    lines = ["3", " ".join(names) + " ", *rows]
-    (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
-    (folder / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
-
-
 @pytest.mark.parametrize("as_zip", [False, True])
 def test_celeba(tmp_path, as_zip):
-    celeba(tmp_path / "celeba", as_zip)
+    write_celeba(tmp_path / "celeba", as_zip)
     images = load("celeba", tmp_path, image_size=64)
     assert images.train.shape == images.test.shape == (1, 3, 64, 64)    # one is for validation
     red, green, blue = images.train[0].float()
@@ -239,7 +200,7 @@ def test_celeba(tmp_path, as_zip):
 
 
 def test_celeba_says_what_is_missing(tmp_path):
-    celeba(tmp_path / "celeba", as_zip=True)
+    write_celeba(tmp_path / "celeba", as_zip=True)
     (tmp_path / "celeba" / "list_eval_partition.txt").unlink()
     words = "get list_eval_partition.txt from https.*CelebA.html and put them in .*celeba"
     with pytest.raises(OSError, match=words):
@@ -257,7 +218,7 @@ def test_celeba_says_what_is_missing(tmp_path):
     ("img_align_celeba.zip", lambda raw: raw[:-30], "img_align_celeba.zip cannot be unpacked"),
 ])
 def test_a_damaged_celeba_is_refused(tmp_path, file_name, edit, words):
-    celeba(tmp_path / "celeba", as_zip=True)
+    write_celeba(tmp_path / "celeba", as_zip=True)
     path = tmp_path / "celeba" / file_name
     path.write_bytes(edit(path.read_bytes()))
     with pytest.raises(OSError, match=words):
@@ -266,7 +227,7 @@ def test_a_damaged_celeba_is_refused(tmp_path, file_name, edit, words):
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "..", "/etc/secret.jpg", "a/secret.jpg"])
 def test_celeba_lists_stay_in_their_folder(tmp_path, name):
-    celeba(tmp_path / "celeba", as_zip=False)
+    write_celeba(tmp_path / "celeba", as_zip=False)
     (tmp_path / "celeba" / "img_align_celeba" / "000001.jpg").rename(
         tmp_path / "celeba" / "secret.jpg")
     for path in (tmp_path / "celeba").glob("list*.txt"):
@@ -276,7 +237,7 @@ def test_celeba_lists_stay_in_their_folder(tmp_path, name):
 
 
 def test_a_fifo_among_celebas_images_is_a_broken_one(tmp_path, impatient, capsys):
-    celeba(tmp_path / "celeba", as_zip=False)
+    write_celeba(tmp_path / "celeba", as_zip=False)
     path = tmp_path / "celeba" / "img_align_celeba" / "000003.jpg"
     path.unlink()
     os.mkfifo(path)
@@ -559,8 +520,10 @@ def test_half_a_cache_is_decoded_again(tmp_path):
     load("folder", tmp_path)
     (cache,) = tmp_path.glob("*.bin")
     whole = cache.read_bytes()
-    for size in (0, 50, len(whole) - 32, len(whole) // 255 * 200):    # the last two: whole records
-        cache.write_bytes(whole[:size])
+    record = (len(whole) - 36) // 255
+    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    for damaged in [b"", whole[:30], whole[:50], whole[:200 * record], whole[:-4], flipped]:
+        cache.write_bytes(damaged)
         assert len(load("folder", tmp_path).train) == 250
         assert cache.read_bytes() == whole
 
@@ -595,6 +558,12 @@ class Hostile(BaseHTTPRequestHandler):
         body = FILES[name]
         if manner in ("404", "500"):
             return self.send_error(int(manner))
+        if manner in ("hub", "other"):    # promises a file, or another one, and says where it lies
+            self.send_response(302)
+            content = body if manner == "hub" else b"something else"
+            self.send_header("X-Linked-ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Location", f"/ok/{name}")
+            return self.end_headers()
         self.send_response(200)
         if manner == "portal":
             body = b"<html>Please log in</html>"
@@ -657,6 +626,26 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, server, manner,
     assert not list((tmp_path / "data" / "cifar10").iterdir())
     serve_cifar10(monkeypatch, server, [manner, "ok"], tmp_path)    # a second address makes good
     assert load("cifar10", tmp_path / "data").train.shape == (10, 3, 32, 32)
+
+
+def test_the_checksum_of_the_hub_is_verified(tmp_path, server):
+    FILES["weights"] = b"weights"
+    with pytest.raises(OSError, match="weights could not be downloaded.*expected SHA256"):
+        formats.fetch([f"{server}/other/weights"], tmp_path / "weights", lambda path: None)
+    assert not list(tmp_path.iterdir())
+    formats.fetch([f"{server}/hub/weights"], tmp_path / "weights", lambda path: None)
+    assert (tmp_path / "weights").read_bytes() == b"weights"
+
+
+def test_what_a_killed_download_leaves_is_removed(tmp_path, server):
+    FILES["a[1].gz"] = b"content"
+    for name in ["a[1].gz.7.tmp", "a[1].gz.8.tmp", "b.gz.7.tmp"]:    # only the second is in use
+        (tmp_path / name).touch()
+    for name in ["a[1].gz.7.tmp", "b.gz.7.tmp"]:
+        os.utime(tmp_path / name, (time.time() - 3600,) * 2)
+    formats.fetch([f"{server}/ok/a[1].gz"], tmp_path / "a[1].gz", lambda path: None)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["a[1].gz", "a[1].gz.8.tmp", "b.gz.7.tmp"]
 
 
 def member(name, **kind):

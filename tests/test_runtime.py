@@ -95,6 +95,14 @@ def test_signals_locks_and_closed_pipes(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_under_what_is_printed_stops_nothing(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        runtime.say("lost")
+        runtime.say("lost, too")
+
+
 # -----------------------------------------------------------------------------
 # files
 

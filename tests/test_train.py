@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, make_folder, overhear, refused, run
+from conftest import ROOT, SMALL, command, make_folder, overhear, refused, run, same
 from PIL import Image
 
 import data
@@ -219,16 +219,6 @@ def test_loss_prior_and_ema_decay(tmp_path):
         assert row["risk"] == pytest.approx(row["loss_u"] - 0.2 * row["loss_s"], rel=1e-5)
     ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
     assert same(ckpt["model"], ckpt["ema"])
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("dtype, number", [
