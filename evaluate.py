@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
+import files
 import runtime
 from classifier import Classifier, predict, train_classifier
 from data import DATA_DIR, DATASETS, Images, digest, has_class, load, parse_classes, split
@@ -81,7 +82,7 @@ def load_judge(data: Images, hflip: bool, cache: Path, device: torch.device) -> 
     missing, damaged, or for another version or data, trains the judge and writes the cache."""
     key = f"{JUDGE_VERSION} {hflip} {digest(data.train)} {digest(data.train_labels)}"
     try:
-        saved = runtime.load_verified(cache)
+        saved = files.load_verified(cache)
     except OSError:
         saved = None
     if not isinstance(saved, dict) or saved.get("key") != key:
@@ -91,7 +92,7 @@ def load_judge(data: Images, hflip: bool, cache: Path, device: torch.device) -> 
         saved = {"key": key, "model": trained.cpu().state_dict(),
                  "accuracy": float((classes == data.test_labels).float().mean())}
         try:
-            runtime.save_whole(saved, cache)
+            files.save_whole(saved, cache)
         except OSError as error:
             print(f"the next evaluation will train it again: {error}", file=sys.stderr)
     classifier = Classifier(*data.train.shape[1:3], len(saved["model"]["out.bias"]))
@@ -245,7 +246,7 @@ def read_images(folder: Path, image_channels: int, image_size: int) -> torch.Ten
     images = []
     for path in paths:
         try:
-            with Image.open(runtime.regular(path), formats=FORMATS) as image:
+            with Image.open(files.regular(path), formats=FORMATS) as image:
                 size = image.size
             images.append(torch.from_numpy(decode(path, image_size, image_channels).copy()))
         except Exception as error:    # Pillow raises whatever its readers do
@@ -258,7 +259,7 @@ def read_images(folder: Path, image_channels: int, image_size: int) -> torch.Ten
 
 def evaluate(args: argparse.Namespace):
     """The command. Raises ValueError and OSError, as runtime.exit_status expects."""
-    ckpt = runtime.read_checkpoint(args.ckpt) if args.ckpt else None
+    ckpt = files.read_checkpoint(args.ckpt) if args.ckpt else None
     run = ckpt["args"] if ckpt else {}    # the flags of train.py
     name = args.dataset or run.get("dataset", "mnist")
     if name != run.get("dataset", name):

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from runtime import ranks, regular, remove_stale, write_whole
+from files import regular, remove_stale, write_whole
+from runtime import ranks
 
 IDX_FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 
-from runtime import write_whole
+from files import write_whole
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def picture(image: torch.Tensor) -> Image.Image:
 
 def save_png(image: torch.Tensor, path: Path, sync: bool = True):
     """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as PNG whatever the path's suffix.
-    sync: see runtime.write_whole"""
+    sync: see files.write_whole"""
     write_whole(path, partial(picture(image).save, format="PNG"), sync=sync)
 
 

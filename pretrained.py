@@ -20,8 +20,8 @@ import torch
 
 from data import DATA_DIR
 from diffusion import GaussianDiffusion
+from files import load_verified, read_checkpoint, save_whole, write_whole
 from formats import fetch
-from runtime import load_verified, read_checkpoint, save_whole, write_whole
 from unet import UNet, UNetConfig
 
 HUB = "https://huggingface.co"
@@ -96,7 +96,7 @@ def describe(config: UNetConfig) -> dict:
 # reading
 
 def load_checkpoint(ckpt: dict) -> tuple:
-    """A checkpoint (see runtime.read_checkpoint) -> its network with the averaged weights, ready
+    """A checkpoint (see files.read_checkpoint) -> its network with the averaged weights, ready
     to sample, and its diffusion. Raises OSError where they are damaged, or not for this unet.py."""
     try:
         model = UNet(UNetConfig(**ckpt["config"]))

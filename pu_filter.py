@@ -39,8 +39,9 @@ from data import (
     parse_classes,
     split,
 )
+from files import load_verified, save_whole
 from images import save_grids, to_float
-from runtime import exit_status, find_device, load_verified, positive, ranks, save_whole, say
+from runtime import exit_status, find_device, positive, ranks, say
 
 FOLDS, ROUNDS = 4, 3    # of U and S; trainings for each fold
 TRUSTED = 0.8    # fraction of U's normal, and of its sensitive images that a later round trusts

@@ -7,6 +7,7 @@ from collections import ChainMap
 from pathlib import Path
 
 from data import DATASETS, data_flags, known_prior
+from files import read_newest
 from runtime import (
     absolute,
     absolute_or_name,
@@ -17,7 +18,6 @@ from runtime import (
     positive,
     positive_float,
     positive_or_inf,
-    read_newest,
     say,
     step_or_share,
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import files
 import runtime
 from diffusion import SAMPLERS
 from images import empty_png_folder, save_grid, save_png, to_uint8
@@ -84,7 +85,7 @@ def main():
     with runtime.exit_status(parser):
         if not (args.grid or args.out_dir or args.save_diffusers):
             args.grid = Path("samples.png")
-        ckpt = runtime.read_checkpoint(args.ckpt)
+        ckpt = files.read_checkpoint(args.ckpt)
         if args.out_dir:
             empty_png_folder(args.out_dir, "--out_dir")    # before any rank writes
         if args.grid and args.grid.suffix.lower() != ".png":    # it could be the checkpoint's name

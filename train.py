@@ -21,6 +21,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+import files
 import recipe
 import runtime
 from data import DATA_DIR, DATASETS, digest, has_class, load, on_device, parse_classes, split
@@ -158,9 +159,9 @@ ckpt_path, joined_path = args.out_dir / "ckpt.pt", args.out_dir / "before_after.
 
 with exit_status(parser):
     if rank == 0:
-        lock = runtime.lock_folder(args.out_dir)    # held until the process ends
+        lock = files.lock_folder(args.out_dir)    # held until the process ends
         columns = "step risk loss_u loss_s difference corrected lr images_per_second seconds"
-        write_row = runtime.open_log(args.out_dir / "log.csv", columns.split(), step)
+        write_row = files.open_log(args.out_dir / "log.csv", columns.split(), step)
 watch = runtime.SignalWatch()
 
 def samples_path(step):
@@ -178,7 +179,7 @@ def save_checkpoint():
                   loss_prior=loss_prior, pu_start=pu_start, typical=typical, step=step, sums=sums,
                   n_summed=n_summed, rng=runtime.random_state(device),
                   seconds=seconds + time.time() - start)
-    runtime.save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
+    files.save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
 
 def due(interval):
     """Is this step one of every `interval`, or the last of one part?"""

@@ -42,6 +42,7 @@ from PIL import Image  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import files  # noqa: E402
 import formats  # noqa: E402
 import pretrained  # noqa: E402
 import recipe  # noqa: E402
@@ -193,13 +194,13 @@ def readers(root: Path) -> dict:
         return named("celeba", 8)(path)
 
     def log(path):
-        runtime.open_log(path, columns, 99)
+        files.open_log(path, columns, 99)
         return path.read_text()
 
     judge(root / "judge.pt")
     cifar10, stl10 = root / "cifar10" / "cifar-10-batches-bin", root / "stl10" / "stl10_binary"
-    files = {
-        "checkpoint": (root / "whole" / "ckpt.pt", runtime.read_checkpoint, True),
+    kinds = {
+        "checkpoint": (root / "whole" / "ckpt.pt", files.read_checkpoint, True),
         "scores": (root / "filter" / "scores.pt",
                    lambda path: read_scores(path, photos, u, s, 0.5), True),
         "judge": (root / "judge.pt", judge, True),
@@ -223,17 +224,17 @@ def readers(root: Path) -> dict:
         tensors = torch.load(root / "bin" / weights)
         save_file({name: x.contiguous() for name, x in tensors.items()}, path)
         (root / "safe" / weights).unlink()
-        files["safetensors"] = (path, diffusers, False)
+        kinds["safetensors"] = (path, diffusers, False)
     for path in (root / "images").glob("*/0.png"):
-        files[path.parent.name] = (
+        kinds[path.parent.name] = (
             path, lambda path: evaluate.read_images(path.parent, 3, 32), False)
     return {kind: (path, read, checksum, copy.deepcopy(read(path)))
-            for kind, (path, read, checksum) in files.items()}
+            for kind, (path, read, checksum) in kinds.items()}
 
 
 def content(folder: Path) -> list:
     """All that a training leaves, but for times and the name of the folder"""
-    ckpt = runtime.read_checkpoint(folder / "ckpt.pt")
+    ckpt = files.read_checkpoint(folder / "ckpt.pt")
     ckpt["seconds"] = ckpt["args"]["out_dir"] = ckpt["args"]["resume"] = None
     with (folder / "log.csv").open() as file:
         log = [{name: row[name] for name in row if name not in ("seconds", "images_per_second")}
@@ -271,7 +272,7 @@ def interrupt(root: Path, train: list, n_kills: int) -> bool:
         out = root / f"signal_{number}"
         status, said = end(*start(*train, "--out_dir", out,
                                   first=at(moment, "ckpt", partial(send, number))))
-        step = runtime.read_checkpoint(out / "ckpt.pt")["step"]
+        step = files.read_checkpoint(out / "ckpt.pt")["step"]
         good = status == 128 + number and f"interrupted: step {step} is saved" in said
         signals.append(resumed(out) if good else f"exit status {status} ({said[-200:]})")
     return report("kills", kills) & report("signals", signals)
@@ -342,10 +343,10 @@ def damage(raw: bytes, path: Path, read, checksum: bool, truth) -> str:
             path.write_bytes(whole)
 
 
-def flip_bits(files: dict, n: int) -> bool:
+def flip_bits(kinds: dict, n: int) -> bool:
     """Flips one bit in each kind of file"""
     good, choose = True, random.Random(0)
-    for kind, (path, *reading) in files.items():
+    for kind, (path, *reading) in kinds.items():
         whole, outcomes = path.read_bytes(), []
         for bit in choose.sample(range(8 * len(whole)), min(n, 8 * len(whole))):
             raw = bytearray(whole)
@@ -355,11 +356,11 @@ def flip_bits(files: dict, n: int) -> bool:
     return good
 
 
-def mutate(files: dict, n: int) -> bool:
+def mutate(kinds: dict, n: int) -> bool:
     """Cuts, lengthens and overwrites files of all kinds in turn"""
     choose, outcomes = random.Random(0), []
     for i in range(n):
-        path, *reading = list(files.values())[i % len(files)]
+        path, *reading = list(kinds.values())[i % len(kinds)]
         raw = bytearray(path.read_bytes())
         first = choose.randrange(min(len(raw), choose.choice([8, 64, len(raw)])))
         length = choose.choice([1, 4, 100])
@@ -401,7 +402,7 @@ def try_flags(root: Path, n: int) -> bool:
         out = root / f"flags_{i}"
         found = outcome(*end(*start(*command, "--out_dir", out, first=first)), 128 + signal.SIGTERM)
         if found == "right":
-            runtime.read_checkpoint(out / "ckpt.pt")
+            files.read_checkpoint(out / "ckpt.pt")
         elif found == "sentence" and (out / "ckpt.pt").exists():
             found = "silent"
         if found not in ("right", "sentence"):
@@ -418,9 +419,9 @@ def main(kills: int, flips: int, mutations: int, flags: int):
         good &= interrupt(root, train, kills)
         good &= fill_disks(root, train)
         with contextlib.redirect_stderr(io.StringIO()):
-            files = readers(root)
-        good &= flip_bits(files, flips)
-        good &= mutate(files, mutations)
+            kinds = readers(root)
+        good &= flip_bits(kinds, flips)
+        good &= mutate(kinds, mutations)
         good &= try_flags(root, flags)
     print(f"{time.time() - began:.0f} seconds")
     sys.exit(not good)

@@ -1,7 +1,6 @@
-"""What the scripts share: errors, files, devices, precision, checkpoints, argument types."""
+"""What the scripts share: errors, signals, devices, precision, argument types."""
 import argparse
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -12,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import files
 import runtime
-from images import save_grid
-from runtime import exit_status, find_device, load_verified, save_whole, write_whole
+from runtime import exit_status, find_device
 
 
 @pytest.mark.parametrize("error, status", [
@@ -63,6 +62,7 @@ def test_text_that_stdout_cannot_take(full, tmp_path):
 
 
 CHILD = """import sys, time
+from files import *
 from runtime import *
 lock, watch = lock_folder(Path(sys.argv[1])), SignalWatch()
 while True:
@@ -77,7 +77,7 @@ def test_signals_locks_and_closed_pipes(tmp_path):
     try:
         assert child.stdout.readline() == "0\n"
         with pytest.raises(ValueError, match="another run uses .*run: wait, or name another"):
-            runtime.lock_folder(tmp_path / "run")
+            files.lock_folder(tmp_path / "run")
         for number in [signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT]:
             child.send_signal(number)    # two arrive together, and count as one
         while (line := child.stdout.readline()) == "0\n":
@@ -91,103 +91,8 @@ def test_signals_locks_and_closed_pipes(tmp_path):
         assert child.wait(60) == 128 + signal.SIGTERM
     finally:
         child.kill()
-    runtime.lock_folder(tmp_path / "run")
+    files.lock_folder(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_full_disk_under_what_is_printed_stops_nothing(monkeypatch):
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        runtime.say("lost")
-        runtime.say("lost, too")
-
-
-# -----------------------------------------------------------------------------
-# files
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    resource = pytest.importorskip("resource")    # not on Windows
-    path, noise = tmp_path / "file", torch.randint(256, (1, 1, 400, 400), dtype=torch.uint8)
-    path.write_text("old")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))    # fails as a full disk does
-    try:
-        for save in [save_whole, save_grid]:
-            with pytest.raises(OSError, match="file cannot be written: File too large$"):
-                save(noise, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-
-    def fail(part):
-        part.write_text("half")
-        raise OSError("2 of 3 images cannot be decoded")
-
-    with pytest.raises(OSError, match="^2 of 3 images"):    # writing was not the problem, ...
-        write_whole(path, fail)
-    with pytest.raises(OSError, match="No such file or directory: 'nowhere'$"):    # ... nor here
-        write_whole(path, lambda part: part.write_bytes(open("nowhere").read()))
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_power_cut_at_any_moment_leaves_a_whole_file(tmp_path, monkeypatch):
-    path, previous, moments = tmp_path / "new", tmp_path / "old", []
-
-    def observed(function):
-        def call(*args):
-            function(*args)
-            held = [file.read_text() for file in [path, previous] if file.exists()]
-            moments.append((function.__name__, held))
-        return call
-
-    monkeypatch.setattr(os, "fsync", observed(os.fsync))
-    monkeypatch.setattr(os, "replace", observed(os.replace))
-    for text in "abc":
-        write_whole(path, lambda part: part.write_text(text), keep=previous)    # noqa: B023
-    assert moments[7:] == [("fsync", ["b", "a"]), ("replace", ["b"]), ("replace", ["c", "b"]),
-                            ("fsync", ["c", "b"])]
-
-
-def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
-    path, state = tmp_path / "flipped", {"weights": torch.randn(20), "step": 7}
-    save_whole(state, path)
-    raw, n_refused = bytearray(path.read_bytes()), 0
-    flips = random.Random(0).sample(range(8 * len(raw)), 200)
-    flips += [8 * (i + 38) + 4 for i in range(len(raw)) if raw[i:i + 4] == b"PK\1\2"]    # folders
-    for bit in flips:
-        raw[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(raw)
-        raw[bit // 8] ^= 1 << bit % 8
-        try:
-            loaded = load_verified(path)
-            assert loaded["step"] == 7 and torch.equal(loaded["weights"], state["weights"])
-        except OSError as error:
-            assert str(error) == f"{path} is not a file of torch.save, or is damaged"
-            n_refused += 1
-    assert n_refused > 100
-    save_whole([{"weights": torch.tensor([1, torch.inf])}], path)
-    with pytest.raises(OSError, match="flipped holds numbers that are not finite"):
-        load_verified(path)
-    with pytest.raises(OSError, match="is not a regular file"):    # instead of waiting for this one
-        os.mkfifo(tmp_path / "pipe")
-        load_verified(tmp_path / "pipe")
-
-
-def test_read_checkpoint_refuses_what_is_none(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="none.pt does not exist: train.py writes it"):
-        runtime.read_checkpoint(tmp_path / "none.pt")
-    whole = dict.fromkeys(runtime.CHECKPOINT, 0) | {"args": {}}
-    wrong = [{name: whole[name] for name in whole if name != missing} for missing in whole]
-    for state in ["text", whole | {"args": 0}, *wrong]:
-        torch.save(state, tmp_path / "bad.pt")
-        with pytest.raises(OSError, match="bad.pt is not a checkpoint of train.py"):
-            runtime.read_checkpoint(tmp_path / "bad.pt")
-    torch.save(whole, tmp_path / "good.pt")
-    for path in ["bad.pt", "none.pt"]:
-        assert runtime.read_newest(tmp_path / path, tmp_path / "good.pt") == whole
-        assert f"{path} " in capsys.readouterr().out
-    assert (tmp_path / "ckpt_damaged.pt").exists()    # nothing is lost
-    assert runtime.read_newest(tmp_path / "good.pt", tmp_path / "none.pt") == whole
 
 
 # -----------------------------------------------------------------------------

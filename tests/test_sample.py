@@ -5,7 +5,7 @@ import torch
 from conftest import SAMPLING, refused, run
 from PIL import Image
 
-from runtime import CHECKPOINT
+from files import CHECKPOINT
 
 
 def pixels(path):
