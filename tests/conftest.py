@@ -35,6 +35,7 @@ def read_idx(path, sha256, read=formats.read_idx):
 
 
 formats.read_idx = read_idx
+torch.set_num_threads(1)    # for networks so small; more wait for each other on a busy machine
 gc.collect()
 gc.freeze()    # no collection looks at what was imported: `run` collects often
 

@@ -174,7 +174,7 @@ def test_the_oracle_is_shown_nothing_but_the_normal_images_of_u(tmp_path, monkey
 
 def test_images_that_stay_in_their_file_are_shown_alike(tmp_path, monkeypatch):
     shown = overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "device")
-    monkeypatch.setattr(data, "MAX_ON_DEVICE", 0)
+    monkeypatch.setattr(data, "MAX_ON_DEVICE", 1)
     assert same(shown, overhear(monkeypatch, "--max_steps", 2, "--out_dir", tmp_path / "file"))
 
 
@@ -248,6 +248,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
         step = 16
         assert f"interrupted: step {step} is saved" in stopped.stdout.splitlines()[-1]
     assert torch.load(broken / "ckpt.pt")["step"] == step
+    monkeypatch.undo()
     resumed = run("train.py", "--out_dir", broken, "--resume")
     assert f"from step {step};" in resumed.stdout
 
