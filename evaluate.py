@@ -32,11 +32,10 @@ from PIL import Image
 
 import files
 import runtime
-from classifier import Classifier, predict, train_classifier
+from classifier import Classifier, cross_entropy, fit, predict, score, train_classifier
 from data import DATA_DIR, DATASETS, Images, digest, has_class, load, parse_classes, split
 from formats import FORMATS, decode
 from images import empty_png_folder, framed, save_grid, save_png, to_float
-from pu_filter import cross_entropy, fit, score
 from sample import draw, open_model, sampling_flags
 
 # -----------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def score_like_s(groups: dict, hflip: bool, device: torch.device) -> dict:
     "sensitive" against "normal_test".
 
     Each fold of the images is judged by a classifier that was trained on the others. It has seen
-    none of them, so what it gets wrong in these two groups, it gets wrong in other real images."""
+    none of them, so its errors in these two groups show its errors on other real images."""
     images = torch.cat(list(groups.values()))
     indices = torch.arange(len(images)).split([len(group) for group in groups.values()])
     parts, z = dict(zip(groups, indices)), torch.zeros(len(images))
@@ -174,7 +173,7 @@ def score_like_s(groups: dict, hflip: bool, device: torch.device) -> dict:
     return {name: z[index] for name, index in parts.items()}
 
 
-def cells(images: torch.Tensor) -> torch.Tensor:
+def cell_features(images: torch.Tensor) -> torch.Tensor:
     """images [N, C, H, W] uint8 -> the mean and the standard deviation of each colour in each of
     4x4 cells, [N, 32 C] float64. Unlike the features of an untrained network, they tell real
     normals from a mixture with S, as well as from blurred and noisy images."""
@@ -193,7 +192,8 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
     S; without normal_test/ there is none, and this is minus the distance to the nearest of S.
 
     The Frechet distance is to one half of normal_test/ or, without it, of U. It depends on how many
-    images there are, so each row has as many, and the other half shows the floor."""
+    images there are, so all rows have as many; smaller groups have none. The other half shows the
+    floor."""
     generator = torch.Generator().manual_seed(seed)
     u, s, normal = split("folder", data)
     u = u[torch.randperm(len(u), generator=generator)[:2 * len(images)]]
@@ -201,15 +201,18 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
     reference, z = "unlabeled", {}
     if len(normal):
         reference = "normal_test"
-        groups[reference] = data.test[torch.randperm(len(normal), generator=generator)]
+        some = torch.randperm(len(normal), generator=generator)[:4 * len(images)]
+        groups[reference] = data.test[some]
         z = score_like_s(groups, hflip, device)
-    features = {name: cells(group) for name, group in groups.items()}
-    like_s = z.get("images", -torch.cdist(features["images"], features["sensitive"]).amin(1))
+    features = {name: cell_features(group) for name, group in groups.items()}
+    like_s = z.get("images")
+    if like_s is None:
+        like_s = -torch.cdist(features["images"], features["sensitive"]).amin(1)
     n = min(len(images), len(groups[reference]) // 2)
     half, features[reference] = features[reference].split([n, len(groups[reference]) - n])
 
-    share = "look like S (95 %)          " if z else ""
-    runtime.say(f"             images   {share}Frechet distance to {n:,} of {reference}/")
+    column = "look like S (95 %)          " if z else ""
+    runtime.say(f"             images   {column}Frechet distance to {n:,} of {reference}/")
     rows = {}
     for name, group in groups.items():
         row = rows[name] = {"n": len(group)}
@@ -253,7 +256,8 @@ def read_images(folder: Path, image_channels: int, image_size: int) -> torch.Ten
             raise OSError(f"{path} cannot be read as an image: {type(error).__name__}") from None
         if size != (image_size, image_size):
             raise OSError(f"{path} has {size[0]}x{size[1]} pixels, the data set has "
-                          f"{image_size}x{image_size}: resize it, or name another --dataset")
+                          f"{image_size}x{image_size}: resize it, or name another --dataset or "
+                          f"--image_size")
     return torch.stack(images)
 
 
@@ -264,10 +268,11 @@ def evaluate(args: argparse.Namespace):
     name = args.dataset or run.get("dataset", "mnist")
     if name != run.get("dataset", name):
         raise ValueError(f"--dataset {name} is not what {args.ckpt} was trained on")
-    info, data_dir, sensitive = DATASETS[name], args.data_dir or DATA_DIR, []
-    if name == "folder":
-        data_dir = Path(args.data_dir or run.get("data_dir", DATA_DIR))
-    else:
+    info, sensitive = DATASETS[name], []
+    data_dir = args.data_dir or Path(run.get("data_dir", DATA_DIR))
+    if name != "folder":
+        if not data_dir.exists():    # on the machine that trained
+            data_dir = DATA_DIR
         sensitive = parse_classes(name, args.sensitive or run.get("sensitive", info["sensitive"]))
     out_dir = args.out_dir or (args.ckpt.parent if ckpt else Path())
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -297,6 +302,7 @@ def evaluate(args: argparse.Namespace):
         if (model.config.image_channels, model.config.image_size) != (channels, size):
             raise ValueError(f"{args.ckpt} draws other images than --image_size and --channels say")
         images = draw(args, model, diffusion)
+        torch.set_float32_matmul_precision("highest")    # the judge does without TF32
     else:
         images = read_images(args.images, channels, size)
     rank, world = runtime.ranks()
@@ -314,7 +320,8 @@ def evaluate(args: argparse.Namespace):
                    sampler=args.sampler if ckpt else None, steps=args.steps if ckpt else None,
                    seed=args.seed)
     if name == "folder":
-        figures["groups"], like_s = compare(images, data, info["hflip"], args.seed, device)
+        figures["groups"], like_s = compare(images, data, run.get("hflip", info["hflip"]),
+                                           args.seed, device)
         order = like_s.argsort(descending=True)
         images, is_sensitive = images[order], like_s[order] > 0
         caption = "up to 100 images, those most like S first, those that look like S framed in red"

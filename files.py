@@ -116,8 +116,9 @@ def lock_folder(folder: Path):
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for part in folder.glob("*.[0-9]*.tmp"):    # of a run that was killed while it saved
-            part.unlink()
+        for name in ["ckpt", "log", "samples_", "before_after"]:
+            for part in folder.glob(f"{name}*.tmp"):    # of a run that was killed while it saved
+                part.unlink()
     except BlockingIOError:
         raise ValueError(f"another run uses {folder}: wait, or name another folder") from None
     except (ImportError, OSError):    # Windows and some network file systems: all may use it
@@ -163,7 +164,7 @@ def open_log(path: Path, columns: list, last_step: int):
     if path.exists():
         with path.open(newline="", errors="replace") as file:
             for row in csv.DictReader(file, columns, quoting=csv.QUOTE_NONE):
-                whole = None not in row and None not in row.values() and row["step"].isdigit()
+                whole = None not in row and None not in row.values() and row["step"].isdecimal()
                 if whole and int(row["step"]) <= last_step:
                     rows.append(row)
 

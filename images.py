@@ -98,9 +98,9 @@ def numbered(images: torch.Tensor) -> torch.Tensor:
 
 def join_pngs(paths: list, path: Path):
     """Writes PNG files of the same size and kind side by side into one."""
-    pictures = [Image.open(part, formats=["PNG"]) for part in paths]
-    width, height = pictures[0].size
-    joined = Image.new(pictures[0].mode, (len(pictures) * (width + 12) - 12, height), "white")
-    for i, picture in enumerate(pictures):
-        joined.paste(picture, (i * (width + 12), 0))
+    parts = [Image.open(part, formats=["PNG"]) for part in paths]
+    width, height = parts[0].size
+    joined = Image.new(parts[0].mode, (len(parts) * (width + 12) - 12, height), "white")
+    for i, part in enumerate(parts):
+        joined.paste(part, (i * (width + 12), 0))
     write_whole(path, partial(joined.save, format="PNG"))

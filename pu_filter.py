@@ -25,9 +25,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from classifier import Classifier, predict, train_classifier
+from classifier import cross_entropy, fit, score
 from data import (
     DATASETS,
     Images,
@@ -40,7 +39,7 @@ from data import (
     split,
 )
 from files import load_verified, save_whole
-from images import save_grids, to_float
+from images import save_grids
 from runtime import exit_status, find_device, positive, ranks, say
 
 FOLDS, ROUNDS = 4, 3    # of U and S; trainings for each fold
@@ -53,46 +52,6 @@ def nnpu_loss(z_u: torch.Tensor, z_s: torch.Tensor, prior: float) -> torch.Tenso
     sensitive = torch.sigmoid(-z_s).mean()
     normal = (torch.sigmoid(z_u).mean() - prior * torch.sigmoid(z_s).mean()) / (1 - prior)
     return 0.5 * torch.where(normal < 0, -normal, sensitive + normal)
-
-
-def cross_entropy(z_n: torch.Tensor, z_s: torch.Tensor) -> torch.Tensor:
-    """z_n [B_n], z_s [B_s]: logits of "sensitive" on normal and sensitive images. -> scalar"""
-    return 0.5 * (F.softplus(z_n).mean() + F.softplus(-z_s).mean())
-
-
-def distort(x: torch.Tensor, hflip: bool) -> torch.Tensor:
-    """x [B, C, H, W] in [-1, 1] -> each image rotated, scaled, sheared, shifted and, with hflip,
-    mirrored at random; the border is black."""
-    angle, scale, shear, right, down = torch.rand(5, len(x), device=x.device) * 2 - 1
-    mirrored = torch.rand(len(x), device=x.device) < 0.5
-    sign = torch.where(mirrored & hflip, -1, 1)
-    cos, sin, scale = (0.3 * angle).cos(), (0.3 * angle).sin(), 1 + 0.15 * scale
-    row_x = torch.stack([sign * scale * cos, 0.2 * shear - sin, 0.15 * right], dim=1)
-    row_y = torch.stack([sin, scale * cos, 0.15 * down], dim=1)
-    matrices = torch.stack([row_x, row_y], dim=1)    # [B, 2, 3]
-    where = F.affine_grid(matrices, x.shape, align_corners=False)
-    return F.grid_sample(x + 1, where, align_corners=False) - 1
-
-
-def fit(images: torch.Tensor, normal: torch.Tensor, sensitive: torch.Tensor, loss_fn, hflip: bool,
-        steps: int, device: torch.device, name: str) -> Classifier:
-    """images [N, C, H, W] uint8; normal, sensitive: indices of the two classes in it, 64 of each a
-    step; loss_fn(z_n, z_s): of their logits -> the trained network, with one logit"""
-    model = Classifier(*images.shape[1:3], n_outputs=1, strided=True)
-    model = model.to(device, memory_format=torch.channels_last)
-
-    def batch_loss(step):
-        index = torch.cat([some[torch.randint(len(some), (64,))] for some in (normal, sensitive)])
-        logits, _ = model(distort(to_float(images[index].to(device)), hflip))
-        return loss_fn(*logits[:, 0].split(64))
-
-    return train_classifier(model, batch_loss, steps, lr=3e-3, name=name)
-
-
-def score(model: Classifier, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """-> the logits of "sensitive" of images[index], float32 on the CPU"""
-    logits, _ = predict(model, (images[some] for some in index.split(500)))
-    return logits[:, 0]
 
 
 def cross_scores(images: torch.Tensor, u: torch.Tensor, s: torch.Tensor, prior: float, hflip: bool,

@@ -193,6 +193,9 @@ def batch_composition(algorithm: str, batch_size: int, prior: float, n_unlabeled
     return batch_size - n_s, n_s
 
 
+ORDINARY = "the ordinary diffusion loss, E_U[l]"
+
+
 def formula(algorithm: str, prior: float, share_s: float, correction: str) -> str:
     """What an algorithm minimises. The arguments are those of pu_loss and supervised_loss."""
     sensitive = "E_S[-log(1 - exp(-l))]"
@@ -202,7 +205,7 @@ def formula(algorithm: str, prior: float, share_s: float, correction: str) -> st
         return f"the PU risk, {prior:.4g} {sensitive} + {corrected[correction]}"
     if algorithm == "supervised":
         return f"the supervised risk, {1 - share_s:.4g} E_U[l] + {share_s:.4g} {sensitive}"
-    return "the ordinary diffusion loss, E_U[l]"
+    return ORDINARY
 
 
 def in_words(args: argparse.Namespace, n_u: int, n_s: int, pu_start: int, loss_prior: float,
@@ -210,7 +213,7 @@ def in_words(args: argparse.Namespace, n_u: int, n_s: int, pu_start: int, loss_p
     """-> what each part of a run minimises, a line each"""
     lines = []
     if pu_start:
-        lines.append(f"steps 1 to {pu_start} minimise {formula('unsupervised', 0, 0, '')}, on "
+        lines.append(f"steps 1 to {pu_start} minimise {ORDINARY}, on "
                      f"{args.batch_size} images of U a step")
     and_s = f" and {n_s} of S" if n_s else ""
     lines.append(f"steps {pu_start + 1} to {args.max_steps} minimise "

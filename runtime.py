@@ -70,11 +70,11 @@ class SignalWatch:
             sys.exit(128 + number)
 
     def received(self, step: int, device: torch.device) -> int:
-        """-> the number of the signal that any rank has caught, or 0. All ranks agree on it. They
-        look at every tenth step only, since a GPU waits for the answer."""
+        """-> the number of the signal that any rank has caught, or 0. All ranks agree on it. On
+        GPUs, which must wait for the answer, they ask at every tenth step only."""
         if ranks()[1] == 1:
             return self.number
-        if step % 10:
+        if device.type == "cuda" and step % 10:
             return 0
         number = torch.tensor(self.number, device=device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -86,8 +86,8 @@ class SignalWatch:
 
 def find_device(name: str = None) -> torch.device:
     """The device of that name; without a name cuda, else mps, else cpu. Under torchrun, each
-    process (rank) gets a device of its own, NCCL, or gloo on CPUs, connects them, and the first
-    prints for all.
+    process (rank) gets a device of its own. NCCL, or gloo on CPUs, connects them, and only the
+    first prints.
     Raises ValueError where this machine has no such device."""
     torchrun = dist.is_available() and dist.is_torchelastic_launched()
     if name is None:

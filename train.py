@@ -80,12 +80,11 @@ with exit_status(parser):
         u, s = read_scores(args.scores, data, u, s, args.keep)
         # P(sensitive | kept) by Bayes: S is kept as often as the sensitive images in U
         loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)
-    some = torch.cat([index[::1 + len(index) // 500] for index in (u, s)])    # enough, and quick
+    some = torch.cat([index[::1 + len(index) // 500] for index in (u, s)])    # a spot check
     fingerprint = [len(u), len(s), digest(data.train[some])[:8]]
     if ckpt and ckpt["fingerprint"] != fingerprint:
-        raise OSError(f"the images of U, of S, and their checksum were {ckpt['fingerprint']} when "
-                      f"the run began, now {fingerprint}: {args.scores or args.data_dir} has "
-                      f"changed")
+        raise OSError(f"the sizes and the checksum of U and S were {ckpt['fingerprint']}, now they "
+                      f"are {fingerprint}: {args.scores or args.data_dir} has changed")
     images, u, s = on_device(data.train, u, s, device)    # u and s: numbers of images
     shape = images.shape[1:]
     channels, image_size, _ = shape

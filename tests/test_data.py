@@ -156,8 +156,8 @@ def test_a_folder_is_trained_on_and_sampled(tmp_path):
         changed = run(*resume, check=False)
         assert changed.returncode == 1
         line = changed.stderr.splitlines()[-1]
-        assert "U, of S, and their checksum were [199, 50, '" in line
-        assert f"when the run began, now [{n_unlabeled}, 50, '" in line
+        assert "the sizes and the checksum of U and S were [199, 50, '" in line
+        assert f"now they are [{n_unlabeled}, 50, '" in line
         assert line.endswith(f"{tmp_path / 'images'} has changed")
         first.unlink(missing_ok=True)
     load("folder", tmp_path / "images", image_size=31)    # so that train.py has nothing to decode

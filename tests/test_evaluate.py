@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from conftest import ROOT, refused, run
 from PIL import Image
 
+import classifier
 import data
 import evaluate
-import pu_filter
 from evaluate import frechet_distance, judge, load_judge, train_judge, wilson
 from images import save_png
 
@@ -116,8 +116,8 @@ def test_frechet_distance_against_scipy():
 def test_the_judge_in_the_repository_belongs_to_this_code_and_is_good(mnist, monkeypatch):
     cache = ROOT / "data" / "mnist" / "classifier_28x1.pt"
     monkeypatch.setattr(evaluate, "train_judge", None)    # it must not be needed
-    classifier, accuracy = load_judge(mnist, False, cache, CPU)
-    classes, _ = judge(classifier, mnist.test)
+    trained, accuracy = load_judge(mnist, False, cache, CPU)
+    classes, _ = judge(trained, mnist.test)
     assert accuracy == pytest.approx(float((classes == mnist.test_labels).float().mean()), abs=2e-4)
     assert accuracy >= 0.993
 
@@ -309,7 +309,7 @@ def folder(digits, tmp_path):
 
 
 def distance(images, reference):
-    return frechet_distance(evaluate.cells(images), evaluate.cells(reference))
+    return frechet_distance(evaluate.cell_features(images), evaluate.cell_features(reference))
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
@@ -359,8 +359,8 @@ def test_real_images_beside_a_folder(folder, digits, tmp_path, monkeypatch):
     def short(*args, **flags):
         return fit(*args[:5], 60, *args[6:], **flags)    # steps
 
-    fit = pu_filter.fit
-    monkeypatch.setattr(pu_filter, "fit", short)
+    fit = classifier.fit
+    monkeypatch.setattr(classifier, "fit", short)
     even, odd = digits
     mix = torch.stack([even[300:350], odd[300:350]], dim=1).flatten(0, 1)    # alternating
     write(mix, tmp_path / "mix")

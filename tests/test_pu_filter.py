@@ -4,7 +4,8 @@ import torch
 from conftest import refused
 
 import data
-from pu_filter import cross_scores, distort, nnpu_loss, read_scores
+from classifier import distort
+from pu_filter import cross_scores, nnpu_loss, read_scores
 
 CPU = torch.device("cpu")
 

@@ -95,6 +95,14 @@ def test_signals_locks_and_closed_pipes(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+def test_ranks_agree_on_a_signal_that_another_has_caught(monkeypatch):
+    monkeypatch.setattr(runtime, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda number, op: number.fill_(signal.SIGTERM))
+    watch = object.__new__(runtime.SignalWatch)    # without its handlers
+    assert watch.received(9, torch.device("cpu")) == signal.SIGTERM
+    assert watch.received(9, torch.device("cuda")) == 0    # a GPU is not asked at each step
+
+
 # -----------------------------------------------------------------------------
 # devices and arguments
 

@@ -483,9 +483,11 @@ def test_a_run_of_the_command_line(tmp_path):
     process = subprocess.Popen(command("train.py", *flags), stdout=subprocess.PIPE, text=True)
     while "from step 0;" not in process.stdout.readline():
         assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)
     log = (folder / "log.csv").read_bytes()
     refused(2, f"another run uses {folder}", "train.py", *flags)
     assert (folder / "log.csv").read_bytes() == log
+    process.send_signal(signal.SIGCONT)
     process.stdout.close()
     assert process.wait() == 0
     assert [row["step"] for row in read_log(folder)] == [15, 30]
