@@ -248,8 +248,11 @@ if __name__ == "__main__":    # a rank of torchrun
             init(backend)
         dist.barrier()
 
+    destroy = dist.destroy_process_group    # in the end: threads of a live group may abort the exit
     dist.init_process_group, dist.destroy_process_group = connect, lambda: None
     for argv in json.loads(sys.argv[1]):
         sys.argv = [str(flag) for flag in argv]
         with small_networks():
             runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
+    dist.barrier()
+    destroy()
