@@ -261,7 +261,7 @@ def accumulate_gradients(batch, composition, negative=None):
             found["difference"] = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
             if negative is None:
                 negative = mean_over_ranks(found["difference"]) < 0
-            found["corrected"] = negative * (args.correction != "none")
+            found["corrected"] = negative & (args.correction != "none")
             found["risk"] = pu_loss(loss_u, loss_s, loss_prior, args.correction, negative)
         scaler.scale(found["risk"] / args.grad_accum).backward()
         for name, value in found.items():
@@ -274,8 +274,8 @@ def take_step(batch, composition):
     # Assume that it is positive; where it was not, do the step again.
     negative = None if args.grad_accum == 1 else torch.tensor(False, device=device)
     means = accumulate_gradients(batch, composition, negative)
-    assumed = negative is not None and "difference" in means and args.correction != "none"
-    if assumed and mean_over_ranks(means["difference"]) < 0:
+    sign_matters = negative is not None and "difference" in means and args.correction != "none"
+    if sign_matters and mean_over_ranks(means["difference"]) < 0:
         optimizer.zero_grad()
         means = accumulate_gradients(batch, composition, ~negative)
     scaler.unscale_(optimizer)
