@@ -20,7 +20,10 @@ CHECKPOINT = set("args config ema fingerprint loss_prior model n_summed optimize
 # any file
 
 def regular(path: Path) -> Path:
-    """-> path. Raises OSError where it is a FIFO or a device, which could be read for ever."""
+    """-> path. Raises OSError where it is a folder, or a FIFO or a device, which could be read for
+    ever."""
+    if path.is_dir():
+        raise OSError(f"{path} is a folder, not a file")
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file: remove it, or put one in its place")
     return path
