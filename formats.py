@@ -253,10 +253,10 @@ def decode_all(paths: list, image_size: int, channels: int, folder: Path) -> tup
         key.update(os.fsencode(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n"))
     record = np.dtype([("index", "i8"), ("image", "u1", (channels, image_size, image_size))])
     cache = folder / f"decoded_{image_size}x{channels}.bin"
-    if not intact(cache, key.digest()):
+    if not intact(cache, key.digest()):    # it reads all of a file: once, if that one is good
         cache = cache_folder(folder) / cache.name
-    if not intact(cache, key.digest()):
-        write_whole(cache, partial(write_records, paths=paths, record=record, key=key.digest()))
+        if not intact(cache, key.digest()):
+            write_whole(cache, partial(write_records, paths=paths, record=record, key=key.digest()))
     n = (cache.stat().st_size - len(key.digest()) - 4) // record.itemsize
     records = np.memmap(cache, record, mode="c", shape=n)    # copy on write: no tensor is read-only
     return torch.from_numpy(records["image"]), torch.from_numpy(records["index"].copy())
