@@ -64,6 +64,8 @@ with exit_status(parser):
 
 on_cuda = device.type == "cuda"
 autocast = set_precision(args, device)
+if on_cuda:
+    torch.set_float32_matmul_precision("high")
 batch_size, shape = args.batch_size, (args.channels, args.image_size, args.image_size)
 torch.manual_seed(0)
 

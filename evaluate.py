@@ -302,7 +302,6 @@ def evaluate(args: argparse.Namespace):
         if (model.config.image_channels, model.config.image_size) != (channels, size):
             raise ValueError(f"{args.ckpt} draws other images than --image_size and --channels say")
         images = draw(args, model, diffusion)
-        torch.set_float32_matmul_precision("highest")    # the judge does without TF32
     else:
         images = read_images(args.images, channels, size)
     rank, world = runtime.ranks()

@@ -169,12 +169,10 @@ def device_flags(parser: argparse.ArgumentParser):
 
 
 def set_precision(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """Fills in args.dtype and args.compile, and allows TF32 -> the context of forward passes."""
+    """Fills in args.dtype and args.compile -> the context of forward passes."""
     args.dtype = args.dtype or default_dtype(device)
     if args.compile is None:
         args.compile = device.type == "cuda"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")    # TF32
     dtype = getattr(torch, args.dtype)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 

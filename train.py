@@ -42,6 +42,8 @@ with exit_status(parser):
     device = runtime.find_device(args.device)
 rank, world = runtime.ranks()
 autocast = runtime.set_precision(args, device)
+if device.type == "cuda":
+    torch.set_float32_matmul_precision("high")    # TF32
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
