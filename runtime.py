@@ -207,9 +207,13 @@ def matmul_seconds(dtype: torch.dtype) -> float:
     return min(seconds)
 
 
-def compiled(function, trial):
-    """-> torch.compile(function), once trial(it) has worked; else says why not -> function."""
-    fast = torch.compile(function)
+def compiled(function, trial, graphs: bool = True):
+    """-> torch.compile(function), once trial(it) has worked; else says why not -> function.
+
+    graphs: on a GPU, replay CUDA graphs. A small network needs them: to launch its kernels one by
+    one takes longer than to run them. The next call overwrites what a call returned, and the
+    gradients, so there is none for a sum of several calls."""
+    fast = torch.compile(function, mode="reduce-overhead" if graphs else "default")
     try:
         trial(fast)
     except Exception as error:    # torch.compile raises whatever its parts raise

@@ -137,7 +137,8 @@ if args.compile:
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(len(x), dtype=torch.long, device=device)
     # x twice would be one tensor for two arguments: torch.compile would compile again later
-    per_image_loss = runtime.compiled(eager, lambda fast: fast(x, t, x.clone()).sum().backward())
+    per_image_loss = runtime.compiled(eager, lambda fast: fast(x, t, x.clone()).sum().backward(),
+                                      graphs=micro_batches == 1)
     optimizer.zero_grad()
 
 # -----------------------------------------------------------------------------
