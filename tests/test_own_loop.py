@@ -66,6 +66,9 @@ def test_a_step_on_images(hub):
 
 def test_a_step_on_latents_and_prompts(hub):
     exec(IMAGES_ONLY, own := {})
+    own |= dict(model=diffusers.UNet2DConditionModel.from_pretrained(""),
+                vae=diffusers.AutoencoderKL.from_pretrained(""))
+    own["optimizer"] = torch.optim.AdamW(own["model"].parameters(), lr=1e-5)
     exec(WITH_TEXT, own)
     images = torch.rand(4, 3, 4, 4) * 2 - 1
     text = torch.randn(4, 5, 6)

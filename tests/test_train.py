@@ -298,7 +298,8 @@ def test_compiled_it_is_one_graph_that_is_never_compiled_again(tmp_path, monkeyp
     """Compiled and eager runs agree. Only the tracer of torch.compile and its autograd run, for
     generating C++ would take a minute."""
     compile_, counters = torch.compile, torch._dynamo.utils.counters
-    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile",
+                        lambda function, mode: compile_(function, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     flags = [*SMALL, "--pu_start", 2, "--max_steps", 4, "--log_interval", 1]
@@ -310,7 +311,7 @@ def test_compiled_it_is_one_graph_that_is_never_compiled_again(tmp_path, monkeyp
 
 
 def test_without_a_compiler_it_goes_on_and_says_why(tmp_path, monkeypatch):
-    def broken(function):
+    def broken(function, mode):
         def call(*args):
             raise RuntimeError("\nno C++ compiler\na long story")
         return call
