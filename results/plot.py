@@ -1,12 +1,13 @@
 """
-Draws curves of results/mnist.jsonl, or of a run's log.csv (pip install matplotlib).
+Draws the results, or a run's log.csv (pip install matplotlib).
 
-    python results/plot.py                              # assets/labels.png
+    python results/plot.py                              # assets/methods.png and curves.png
     python results/plot.py out/mnist-pu-0.5/log.csv     # log.png beside it
 """
 import argparse
 import csv
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 try:
@@ -14,26 +15,93 @@ try:
 except ImportError:
     sys.exit("results/plot.py: error: it needs another library: pip install matplotlib")
 
-from table import ROOT, TABLES, read_results
+from table import (
+    CASES,
+    COMPARISONS,
+    CURVES,
+    METHODS,
+    ROOT,
+    SAMPLED,
+    SAMPLERS,
+    best_results,
+    seeds_of,
+)
+
+COLORS = dict(zip(METHODS, ["0.6", "tab:brown", "tab:blue", "tab:orange", "tab:green", "0.3"]))
 
 
-def draw_labels(path: Path):
-    """Rate, with its 95 % interval, and FID against the number of labels."""
-    results = read_results()
-    known = {int(n): results[flags] for n, flags in TABLES["PU by number of labels"].items()
-             if flags in results}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    rates = [result["rate"] for result in known.values()]
-    below = [result["rate"] - result["rate_low"] for result in known.values()]
-    above = [result["rate_high"] - result["rate"] for result in known.values()]
-    left.errorbar(list(known), rates, [below, above], marker="o", capsize=3)
-    left.set(xscale="log", xlabel="labeled sensitive images", ylabel="non-sensitive rate")
-    right.plot(list(known), [result["fid"] for result in known.values()], marker="o")
-    right.set(xscale="log", xlabel="labeled sensitive images", ylabel="FID", ylim=0)
-    for axes in (left, right):
-        axes.set_xticks(list(known), [f"{n:,}" for n in known])
-        axes.minorticks_off()
-    figure.savefig(path, dpi=150)
+def draw_methods(path: Path):
+    """A bar for each method: the mean over the seeds, which are dots. Rate above, FID below. Dashed:
+    real normal images."""
+    figure, rows = plt.subplots(2, len(CASES), figsize=(4 * len(CASES), 5.5), squeeze=False,
+                                sharex=True, sharey="row", layout="constrained")
+    for title, (above, below) in zip(CASES, rows.T):
+        above.set_title(title, fontsize=13)
+        known = best_results((run, "") for run in COMPARISONS[title].values())
+        for place, name in enumerate(METHODS):
+            results = [known[run, ""] for run in seeds_of(title, name) if (run, "") in known]
+            for axes, key, digits in [(above, "rate", 2), (below, "fid", 1)] if results else []:
+                values = [result[key] for result in results]
+                mean = sum(values) / len(values)
+                axes.bar(place, mean, color=COLORS[name])
+                axes.plot([place] * len(values), values, "o", color="black", markersize=4)
+                axes.annotate(f"{mean:.{digits}f}", (place, max(values)), (0, 5),
+                              textcoords="offset points", ha="center", fontsize=12)
+        runs = [(run, "") for run in COMPARISONS[title].values() if (run, "") in known]
+        if runs:
+            real = known[runs[0]]
+            for axes, value in [(above, 1 - real["false_alarms"]), (below, real["fid_floor"])]:
+                axes.axhline(value, color="0.5", linestyle="--", linewidth=1, zorder=0)
+        below.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right", fontsize=12)
+    rows[0, 0].set(ylim=(0, 1.19), yticks=[0, 0.5, 1])
+    rows[1, 0].set(yscale="log", ylim=(0.1, 130))
+    rows[1, 0].set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+    rows[0, 0].set_ylabel("non-sensitive rate", fontsize=13)
+    rows[1, 0].set_ylabel("FID, lower is better", fontsize=13)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_curves(path: Path):
+    """Rate and FID by steps, labels, prior, and steps of the sampler. All rates share an axis, as do
+    all FIDs."""
+    curves = {}    # what is varied: {a line: [(value, result)]}
+    for title, runs in CURVES.items():
+        label, _, line = title.partition(", ")
+        known = best_results((run, "") for run in runs.values())
+        points = [(float(Fraction(x)), known[run, ""]) for x, run in runs.items()
+                  if (run, "") in known]
+        if len(points) > 1:
+            curves.setdefault(label, {})[line or "PU"] = points
+    known = best_results((SAMPLED, flags) for flags in SAMPLERS)
+    for flags in ["", *SAMPLERS]:
+        if (SAMPLED, flags) in known:
+            _, name, _, steps = (flags or "--sampler dpm++ --steps 20").split()
+            lines = curves.setdefault("steps of the sampler", {})
+            lines.setdefault(name, []).append((int(steps), known[SAMPLED, flags]))
+    figure, rows = plt.subplots(2, len(curves), figsize=(3 * len(curves), 5.5), squeeze=False,
+                                sharex="col", sharey="row", layout="constrained")
+    for (label, lines), (above, below) in zip(curves.items(), rows.T):
+        for number, (line, points) in enumerate(lines.items()):
+            points = sorted(points, key=lambda point: point[0])
+            for axes, key in [(above, "rate"), (below, "fid")]:
+                axes.plot(*zip(*[(x, result[key]) for x, result in points]), label=line, marker="o",
+                          color=COLORS["PU"], linestyle=["-", "--", ":"][number])
+                axes.grid(alpha=0.4)
+        below.set_xlabel(label, fontsize=13)
+        if "begins" not in label:
+            below.set_xscale("log")
+            values = sorted({x for points in lines.values() for x, _ in points})
+            below.set_xticks(values, [f"{x:.2g}" if x < 1 else f"{x:.0f}" for x in values],
+                             rotation=60)
+            below.minorticks_off()
+        if len(lines) > 1:
+            above.legend(fontsize=11)
+    rows[0, 0].set_ylabel("non-sensitive rate", fontsize=13)
+    rows[1, 0].set_ylabel("FID", fontsize=13)
+    rows[1, 0].set_ylim(0)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def draw_log(log: Path, path: Path):
@@ -65,9 +133,10 @@ if __name__ == "__main__":
         if args.log:
             path = args.log.with_suffix(".png")
             draw_log(args.log, path)
+            print(path)
         else:
-            path = ROOT / "assets" / "labels.png"
-            draw_labels(path)
+            for path, draw in [("methods.png", draw_methods), ("curves.png", draw_curves)]:
+                draw(ROOT / "assets" / path)
+                print(ROOT / "assets" / path)
     except OSError as error:
         sys.exit(f"results/plot.py: error: {error}")
-    print(path)

@@ -1,111 +1,260 @@
 """
-Makes the tables of results: trains and evaluates each run that results/mnist.jsonl lacks, then
-prints all tables as Markdown.
+Makes the tables of results: trains and evaluates each run that is missing, then prints all tables
+as Markdown.
 
     python results/table.py --print     # only print
     python results/table.py --jobs 2    # two runs at a time
 
-An interrupted run goes on from its checkpoint. To evaluate a run again, delete its line in
-results/mnist.jsonl; to train it again, delete its folder in out/table/ as well.
+Results go to results/gpu.jsonl where there is a GPU, else to results/cpu.jsonl. A table is printed
+from the file that holds more of its runs, and never mixes them. An interrupted run goes on from its
+checkpoint. To evaluate a run again, delete its line; to train it again, delete its folder in
+out/table/ as well.
 """
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results" / "mnist.jsonl"    # a run per line: its flags, and what evaluate.py says
+FILES = [ROOT / "results" / name for name in ["cpu.jsonl", "gpu.jsonl"]]
+RESULTS = FILES[torch.cuda.is_available()]    # a run per line: its flags, and what evaluate.py says
 
 # -----------------------------------------------------------------------------
 # the runs
 
-DEFAULTS = dict(algorithm="pu", n_labeled="2500", pu_start="1/2")    # of train.py, for MNIST
-
-
-def run_flags(prior: str, max_steps: int, **others: str) -> str:
-    """Returns the flags of train.py for one run. Flags with their default value are left out, so
-    that a run has the same flags in every table, and is trained once."""
-    flags = dict(prior=prior)
-    for name, value in others.items():
-        if value != DEFAULTS[name]:
-            flags[name] = value
-    flags["max_steps"] = max_steps
-    return " ".join(f"--{name} {value}" for name, value in flags.items())
-
-
-def half(**others: str) -> str:
-    return run_flags("0.5", 4000, **others)
-
-
-def one_in_eleven(**others: str) -> str:
-    return run_flags("1/11", 8000, **others)
-
-
-TABLES = {    # title: {name of the row: flags}
-    "odd digits are sensitive, half of U": {
-        "unsupervised": half(algorithm="unsupervised"),
-        "supervised": half(algorithm="supervised"),
-        "PU": half(),
-        "PU by the paper": half(pu_start="0"),
-        "oracle": half(algorithm="oracle"),
-    },
-    "PU by number of labels": {n: half(n_labeled=n) for n in ["2500", "500", "100", "20"]},
-    "odd digits are sensitive, 1 in 11 of U": {
-        "unsupervised": one_in_eleven(algorithm="unsupervised"),
-        "supervised": one_in_eleven(algorithm="supervised"),
-        "PU": one_in_eleven(),
-        "oracle": one_in_eleven(algorithm="oracle"),
-    },
-    "where the PU risk begins": {
-        start: half(pu_start=start) for start in ["0", "1/3", "1/2", "2/3", "3/4"]},
+SEEDS = [0, 1, 2]
+CASES = {    # title: flags of data.py, steps
+    "MNIST, half of U is odd": ("--prior 0.5", 4000),
+    "MNIST, 1 in 11 of U is odd": ("--prior 1/11", 2000),
+    "Fashion-MNIST, half of U is shirts": (
+        "--dataset fashion_mnist --sensitive shirt --prior 0.5 --n_unlabeled 10000 --n_labeled 500",
+        3000),
+}
+METHODS = {    # name: flags of train.py
+    "unsupervised": "--algorithm unsupervised",
+    "supervised": "--algorithm supervised",
+    "PU": "",
+    "filter alone": "--algorithm unsupervised --scores SCORES",
+    "filter, then PU": "--scores SCORES --keep KEEP",
+    "oracle": "--algorithm oracle",
 }
 
 
-def train_and_evaluate(flags: str, env: dict):
-    """Does one run, and appends its line to the results. Raises CalledProcessError."""
-    out_dir = "out/table/" + flags.replace("--", "").replace("/", "_").replace(" ", "-")
-    ckpt = f"{out_dir}/ckpt.pt"
-    train = [sys.executable, "train.py", *flags.split(), "--out_dir", out_dir]
-    if (ROOT / ckpt).exists():
-        train.append("--resume")
-    subprocess.run(train, check=True, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
-    evaluate = [sys.executable, "evaluate.py", "--ckpt", ckpt]
-    printed = subprocess.run(evaluate, check=True, env=env, cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE).stdout
-    result = dict(flags=flags, **json.loads(printed.splitlines()[-1]))
+def run_flags(data: str, *others: str, seed: int = 0, max_steps: int = 4000) -> str:
+    """The flags of train.py for one run. Those with their default value are left out, so that a run
+    has the same flags in every table, and is trained once."""
+    data = f"{data} --seed {seed}" if seed else data
+    flags = " ".join([data, *filter(None, others), f"--max_steps {max_steps}"])
+    prior = Fraction(re.search(r"--prior (\S+)", data)[1])
+    keep = f"{float(1 - prior * 4 / 5):.3g}"    # four fifths of the sensitive images are dropped
+    return flags.replace("SCORES", f"{folder('filter ' + data)}/scores.pt").replace("KEEP", keep)
+
+
+def folder(text: str) -> str:
+    return "out/table/" + text.replace("--", "").replace("/", "_").replace(" ", "-")
+
+
+def vary(name: str, values: list, default: str, data: str = "--prior 0.5",
+         max_steps: int = 4000) -> dict:
+    """One run of train.py by value of one of its flags."""
+    return {v: run_flags(data, "" if v == default else f"--{name} {v}", max_steps=max_steps)
+            for v in values}
+
+
+def seeds_of(title: str, method: str) -> list:
+    """The runs of a bar in the chart, one for each seed."""
+    data, steps = CASES[title]
+    return [run_flags(data, METHODS[method], seed=seed, max_steps=steps) for seed in SEEDS]
+
+
+COMPARISONS = {
+    title: {f"{method}, seed {seed}": run
+            for method in METHODS for seed, run in zip(SEEDS, seeds_of(title, method))}
+    for title in CASES}
+LABELS = ["2500", "500", "100", "20"]
+CURVES = {
+    "steps": {n: run_flags("--prior 0.5", max_steps=n) for n in [1000, 2000, 4000]},
+    "labeled images": vary("n_labeled", LABELS, default="2500"),
+    "labeled images, filter alone": {
+        n: run_flags("--prior 0.5" if n == "2500" else f"--prior 0.5 --n_labeled {n}",
+                     METHODS["filter alone"]) for n in LABELS},
+    "prior in the risk, half of U is odd": vary(
+        "loss_prior", ["0.25", "0.35", "0.5", "0.7"], "0.5", max_steps=1000),
+    "prior in the risk, 1 in 11 is odd": vary(
+        "loss_prior", ["1/22", "1/11", "2/11"], "1/11", "--prior 1/11", max_steps=1000),
+    "where the PU risk begins": vary("pu_start", ["0", "1/3", "1/2", "2/3", "3/4"], default="1/2"),
+}
+TABLES = COMPARISONS | CURVES    # title: {name of the row: flags of train.py}
+SAMPLED = run_flags("--prior 0.5")
+SAMPLERS = [f"--sampler {name} --steps {steps}" for name, steps in [
+    ("dpm++", 5), ("dpm++", 10), ("dpm++", 50), ("ddim", 10), ("ddim", 20), ("ddim", 50),
+    ("ddpm", 100), ("ddpm", 1000)]]    # for the images of one run
+
+
+# -----------------------------------------------------------------------------
+# training and evaluation
+
+def scores_of(flags: str):
+    """-> the file of pu_filter.py that a run needs, or None."""
+    words = flags.split()
+    return words[words.index("--scores") + 1] if "--scores" in words else None
+
+
+def finish(*command: str, env: dict) -> str:
+    """-> what a script of this project prints. Raises CalledProcessError where it fails."""
+    return subprocess.run([sys.executable, *command], check=True, env=env, cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE).stdout
+
+
+def score(scores: str, flags: str, env: dict):
+    """Has pu_filter.py write its scores for a run, unless they exist."""
+    if not (ROOT / scores).exists():
+        data_flags = flags.split(" --algorithm")[0].split(" --scores")[0]
+        finish("pu_filter.py", *data_flags.split(), "--out_dir", str(Path(scores).parent), env=env)
+
+
+def train(flags: str, env: dict):
+    """Does one run, or goes on with it."""
+    out_dir = folder(flags)
+    finish("train.py", *flags.split(), "--out_dir", out_dir, "--resume", env=env)
+
+
+def evaluate(flags: str, env: dict, evaluate_flags: str = ""):
+    """Appends a line to the results."""
+    command = ["evaluate.py", "--ckpt", f"{folder(flags)}/ckpt.pt", *evaluate_flags.split()]
+    result = json.loads(finish(*command, env=env).splitlines()[-1])
+    cuda = torch.cuda.is_available()
+    machine = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
+    result = dict(flags=flags, evaluate_flags=evaluate_flags, machine=machine) | result
     with RESULTS.open("a") as file:
         file.write(json.dumps(result) + "\n")
-    print(f"{flags}: done", file=sys.stderr, flush=True)
+    print(f"{flags} {evaluate_flags}: done", file=sys.stderr, flush=True)
+
+
+def make(jobs: int):
+    """Does and evaluates all that has no line yet, several at a time. Raises CalledProcessError
+    where one fails, once those that run have ended."""
+    known = read_results(RESULTS)
+    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)))
+    distinct = dict.fromkeys(flags for runs in TABLES.values() for flags in runs.values())
+    missing = [flags for flags in distinct if (flags, "") not in known]
+    with ThreadPoolExecutor(jobs) as pool:
+        scored, done = {}, {}
+        for flags in missing:
+            scores = scores_of(flags)
+            if scores and scores not in scored:
+                scored[scores] = pool.submit(score, scores, flags, env)
+
+        def complete(flags):
+            if scores_of(flags):
+                scored[scores_of(flags)].result()    # has begun: it was submitted before
+            train(flags, env)
+            evaluate(flags, env)
+
+        def sample(sampler_flags):
+            if SAMPLED in done:
+                done[SAMPLED].result()
+            evaluate(SAMPLED, env, sampler_flags)
+
+        for flags in missing:
+            done[flags] = pool.submit(complete, flags)
+        for sampler_flags in SAMPLERS:
+            if (SAMPLED, sampler_flags) not in known:
+                done[sampler_flags] = pool.submit(sample, sampler_flags)
+        try:
+            for future in done.values():
+                future.result()
+        except BaseException:    # also Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 # -----------------------------------------------------------------------------
 # the tables
 
-def read_results() -> dict:
-    """Returns {flags: result} of the runs that were evaluated."""
-    if not RESULTS.exists():
+def read_results(path: Path) -> dict:
+    """-> {(flags of train.py, of evaluate.py): result} of what was evaluated."""
+    if not path.exists():
         return {}
-    results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {result["flags"]: result for result in results}
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(result["flags"], result["evaluate_flags"]): result for result in results}
 
 
-def markdown() -> str:
-    """Returns all tables, with a row for each run that was evaluated."""
-    results, lines = read_results(), []
-    for title, runs in TABLES.items():
-        lines += [f"| {title} | non-sensitive rate (95 %) | FID | floor | minutes | flags |",
-                  "|---|---|---|---|---|---|"]
-        for name, flags in runs.items():
-            if flags in results:
-                r = results[flags]
-                lines.append(f"| {name} | {r['rate']:.3f} ({r['rate_low']:.3f} to "
-                             f"{r['rate_high']:.3f}) | {r['fid']:.2f} | {r['fid_floor']:.2f} | "
-                             f"{r['train_seconds'] / 60:.0f} | `{flags}` |")
-        lines.append("")
-    return "\n".join(lines).strip()
+def best_results(runs) -> dict:
+    """-> read_results of the file that holds more of these runs"""
+    runs = set(runs)
+    return max(map(read_results, FILES), key=lambda known: len(known.keys() & runs))
+
+
+def figures(results: list) -> list:
+    """-> cells: the rates, the half width of the widest of their intervals, the FIDs"""
+    halves = [(r["rate_high"] - r["rate_low"]) / 2 for r in results if "rate_high" in r]
+    return [", ".join(f"{result['rate']:.3f}" for result in results),
+            f"± {max(halves):.3f}" if halves else "",
+            ", ".join(f"{result['fid']:.2f}" for result in results)]
+
+
+def mean(results: list) -> list:
+    """-> one cell: mean rate and mean FID"""
+    rate, fid = (sum(result[key] for result in results) / len(results) for key in ["rate", "fid"])
+    return [f"{rate:.3f}, {fid:.2f}"]
+
+
+def table(head: list, rows: list) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def comparison(title: str, cells) -> list:
+    """-> the rows of a case: a method, and `cells` of the results of its seeds. The last are real
+    images: what the judge says of the normal ones, and the floor of FID."""
+    known = best_results((run, "") for run in COMPARISONS[title].values())
+    found = {method: [known[run, ""] for run in seeds_of(title, method) if (run, "") in known]
+             for method in METHODS}
+    rows = [[method, *cells(results)] for method, results in found.items() if results]
+    if rows:
+        some = next(filter(None, found.values()))[0]
+        real = dict(rate=1 - some["false_alarms"], fid=some["fid_floor"])
+        rows.append(["real normal images", *cells([real])])
+    return rows
+
+
+def markdown() -> dict:
+    """-> {title: table} of all that was evaluated"""
+    tables, means = {}, []
+    for title, (data, steps) in CASES.items():
+        rows = comparison(title, figures)
+        if rows:
+            head = [f"`{data} --max_steps {steps}` and", "non-sensitive rate", "95 %", "FID"]
+            for row in rows:
+                row[0] += f" `{METHODS[row[0]]}`" if METHODS.get(row[0]) else ""
+            tables[title] = table(head, rows)
+            means.append(comparison(title, mean))
+    for title, runs in CURVES.items():
+        known = best_results((run, "") for run in runs.values())
+        rows = [[name, *figures([known[flags, ""]]), f"`{flags}`"]
+                for name, flags in runs.items() if (flags, "") in known]
+        if len(rows) > 1:    # a curve
+            tables[title] = table([title, "non-sensitive rate", "95 %", "FID", "flags"], rows)
+    known = best_results((SAMPLED, flags) for flags in SAMPLERS)
+    rows = [[f"`{flags}`", *figures([known[SAMPLED, flags]])]
+            for flags in SAMPLERS if (SAMPLED, flags) in known]
+    if rows:
+        tables["samplers"] = table(["sampler", "non-sensitive rate", "95 %", "FID"], rows)
+    if means:
+        titles = [title for title in CASES if title in tables]
+        by_method = [{row[0]: row[1] for row in rows} for rows in means]
+        rows = [[method, *[rows.get(method, "") for rows in by_method]]
+                for method in [*METHODS, "real normal images"]]
+        tables["means"] = table(["mean of the seeds: rate, FID", *titles], rows)
+    return tables
 
 
 if __name__ == "__main__":
@@ -116,14 +265,10 @@ if __name__ == "__main__":
                         help="runs at a time, which share the cores (default: 1)")
     args = parser.parse_args()
     if not args.print:
-        distinct = dict.fromkeys(flags for runs in TABLES.values() for flags in runs.values())
-        missing = [flags for flags in distinct if flags not in read_results()]
-        env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // args.jobs)))
         try:
-            with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda flags: train_and_evaluate(flags, env), missing))
+            make(args.jobs)
         except subprocess.CalledProcessError as error:
             sys.exit(f"results/table.py: error: {' '.join(error.cmd)} failed: see above")
         except KeyboardInterrupt:
             sys.exit("results/table.py: interrupted; the same command goes on")
-    print(markdown())
+    print("\n\n".join(markdown().values()))
