@@ -31,8 +31,8 @@ COLORS = dict(zip(METHODS, ["0.6", "tab:brown", "tab:blue", "tab:orange", "tab:g
 
 
 def draw_methods(path: Path):
-    """A bar for each method: the mean over the seeds, which are dots. Rate above, FID below. Dashed:
-    real normal images."""
+    """A bar for each method: the mean over the seeds, which are dots. Rate above, FID below.
+    Dashed: real normal images."""
     figure, rows = plt.subplots(2, len(CASES), figsize=(4 * len(CASES), 5.5), squeeze=False,
                                 sharex=True, sharey="row", layout="constrained")
     for title, (above, below) in zip(CASES, rows.T):
@@ -63,8 +63,7 @@ def draw_methods(path: Path):
 
 
 def draw_curves(path: Path):
-    """Rate and FID by steps, labels, prior, and steps of the sampler. All rates share an axis, as do
-    all FIDs."""
+    """Rate and FID by what is varied. All rates share an axis, as do all FIDs."""
     curves = {}    # what is varied: {a line: [(value, result)]}
     for title, runs in CURVES.items():
         label, _, line = title.partition(", ")
