@@ -87,7 +87,8 @@ with exit_status(parser):
     if ckpt and ckpt["fingerprint"] != fingerprint:
         raise OSError(f"the sizes and the checksum of U and S were {ckpt['fingerprint']}, now they "
                       f"are {fingerprint}: {args.scores or args.data_dir} has changed")
-    images, u, s = on_device(data.train, u, s, device)    # u and s: numbers of images
+    # from here on, u and s number the rows of `images`, which need not be those of data.train
+    images, u, s = on_device(data.train, u, s, device)
     shape = images.shape[1:]
     channels, image_size, _ = shape
 

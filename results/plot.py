@@ -17,17 +17,18 @@ except ImportError:
 
 from table import (
     CASES,
-    COMPARISONS,
     CURVES,
     METHODS,
     ROOT,
     SAMPLED,
     SAMPLERS,
     best_results,
-    seeds_of,
+    evaluated,
+    real,
 )
 
-COLORS = dict(zip(METHODS, ["0.6", "tab:brown", "tab:blue", "tab:orange", "tab:green", "0.3"]))
+COLORS = {"unsupervised": "0.6", "supervised": "tab:brown", "PU": "tab:blue",
+          "filter alone": "tab:orange", "filter, then PU": "tab:green", "oracle": "0.3"}
 
 
 def draw_methods(path: Path):
@@ -37,21 +38,18 @@ def draw_methods(path: Path):
                                 sharex=True, sharey="row", layout="constrained")
     for title, (above, below) in zip(CASES, rows.T):
         above.set_title(title, fontsize=13)
-        known = best_results((run, "") for run in COMPARISONS[title].values())
-        for place, name in enumerate(METHODS):
-            results = [known[run, ""] for run in seeds_of(title, name) if (run, "") in known]
-            for axes, key, digits in [(above, "rate", 2), (below, "fid", 1)] if results else []:
-                values = [result[key] for result in results]
-                mean = sum(values) / len(values)
-                axes.bar(place, mean, color=COLORS[name])
-                axes.plot([place] * len(values), values, "o", color="black", markersize=4)
-                axes.annotate(f"{mean:.{digits}f}", (place, max(values)), (0, 5),
-                              textcoords="offset points", ha="center", fontsize=12)
-        runs = [(run, "") for run in COMPARISONS[title].values() if (run, "") in known]
-        if runs:
-            real = known[runs[0]]
-            for axes, value in [(above, 1 - real["false_alarms"]), (below, real["fid_floor"])]:
-                axes.axhline(value, color="0.5", linestyle="--", linewidth=1, zorder=0)
+        found = evaluated(title)
+        for axes, key, digits in [(above, "rate", 2), (below, "fid", 1)]:
+            for place, name in enumerate(METHODS):
+                values = [result[key] for result in found.get(name, [])]
+                if values:
+                    mean = sum(values) / len(values)
+                    axes.bar(place, mean, color=COLORS.get(name, "tab:red"))
+                    axes.plot([place] * len(values), values, "o", color="black", markersize=4)
+                    axes.annotate(f"{mean:.{digits}f}", (place, max(values)), (0, 5),
+                                  textcoords="offset points", ha="center", fontsize=12)
+            if found:
+                axes.axhline(real(found)[key], color="0.5", linestyle="--", linewidth=1, zorder=0)
         below.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right", fontsize=12)
     rows[0, 0].set(ylim=(0, 1.19), yticks=[0, 0.5, 1])
     rows[1, 0].set(yscale="log", ylim=(0.1, 130))
@@ -70,7 +68,7 @@ def draw_curves(path: Path):
         known = best_results((run, "") for run in runs.values())
         points = [(float(Fraction(x)), known[run, ""]) for x, run in runs.items()
                   if (run, "") in known]
-        if len(points) > 1:
+        if len(points) > 1 and label != "seed":
             curves.setdefault(label, {})[line or "PU"] = points
     known = best_results((SAMPLED, flags) for flags in SAMPLERS)
     for flags in ["", *SAMPLERS]:
@@ -78,6 +76,8 @@ def draw_curves(path: Path):
             _, name, _, steps = (flags or "--sampler dpm++ --steps 20").split()
             lines = curves.setdefault("steps of the sampler", {})
             lines.setdefault(name, []).append((int(steps), known[SAMPLED, flags]))
+    if not curves:
+        return
     figure, rows = plt.subplots(2, len(curves), figsize=(3 * len(curves), 5.5), squeeze=False,
                                 sharex="col", sharey="row", layout="constrained")
     for (label, lines), (above, below) in zip(curves.items(), rows.T):

@@ -88,7 +88,7 @@ def main():
         sensitive = parse_classes(args.dataset, args.sensitive or info["sensitive"])
         data = load(args.dataset)
         channels, size = data.train.shape[1:3]
-        folders = {folder.name: read_images(folder, channels, size) for folder in args.folders}
+        folders = {str(folder): read_images(folder, channels, size) for folder in args.folders}
         cache = DATA_DIR / args.dataset / f"classifier_{size}x{channels}.pt"
         first, accuracy = load_judge(data, info["hflip"], cache, device)
         second = train(data.train, data.train_labels, args.epochs, device)
@@ -110,7 +110,7 @@ def main():
             results.append(compare(name, *both(images), sensitive))
     with RESULTS.open("a") as file:
         for result in results:
-            line = json.dumps(dict(dataset=args.dataset, **result, **accuracies))
+            line = json.dumps(dict(dataset=args.dataset, sensitive=sensitive) | result | accuracies)
             print(line)
             file.write(line + "\n")
 

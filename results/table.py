@@ -5,10 +5,13 @@ as Markdown.
     python results/table.py --print     # only print
     python results/table.py --jobs 2    # two runs at a time
 
-Results go to results/gpu.jsonl where there is a GPU, else to results/cpu.jsonl. A table is printed
-from the file that holds more of its runs, and never mixes them. An interrupted run goes on from its
+Results go to results/gpu.jsonl where there is a GPU, else to results/cpu.jsonl. A case or a curve
+is printed from the file that holds more of its runs. An interrupted run goes on from its
 checkpoint. To evaluate a run again, delete its line; to train it again, delete its folder in
 out/table/ as well.
+
+For a comparison of your own, empty both files, and delete what you do not want from SEEDS, CASES,
+METHODS, CURVES and SAMPLERS. A case needs class labels, for the judge and the oracle: not a folder.
 """
 import argparse
 import json
@@ -24,20 +27,20 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "results" / name for name in ["cpu.jsonl", "gpu.jsonl"]]
-RESULTS = FILES[torch.cuda.is_available()]    # a run per line: its flags, and what evaluate.py says
+RESULTS = FILES[torch.accelerator.is_available()]    # a line a run: what evaluate.py says
 
 # -----------------------------------------------------------------------------
 # the runs
 
 SEEDS = [0, 1, 2]
-CASES = {    # title: flags of data.py, steps
+CASES = {    # title: flags of data.py, with --prior and without spaces in values; steps
     "MNIST, half of U is odd": ("--prior 0.5", 4000),
     "MNIST, 1 in 11 of U is odd": ("--prior 1/11", 2000),
     "Fashion-MNIST, half of U is shirts": (
         "--dataset fashion_mnist --sensitive shirt --prior 0.5 --n_unlabeled 10000 --n_labeled 500",
         3000),
 }
-METHODS = {    # name: flags of train.py
+METHODS = {    # name: flags of train.py, where SCORES is a file and KEEP a number, see run_flags
     "unsupervised": "--algorithm unsupervised",
     "supervised": "--algorithm supervised",
     "PU": "",
@@ -47,17 +50,23 @@ METHODS = {    # name: flags of train.py
 }
 
 
+FILTERS = {}    # file of scores: the flags of pu_filter.py that make it
+
+
 def run_flags(data: str, *others: str, seed: int = 0, max_steps: int = 4000) -> str:
     """The flags of train.py for one run. Those with their default value are left out, so that a run
     has the same flags in every table, and is trained once."""
     data = f"{data} --seed {seed}" if seed else data
     flags = " ".join([data, *filter(None, others), f"--max_steps {max_steps}"])
+    scores = f"{folder('filter ' + data)}/scores.pt"
+    FILTERS[scores] = data
     prior = Fraction(re.search(r"--prior (\S+)", data)[1])
-    keep = f"{float(1 - prior * 4 / 5):.3g}"    # four fifths of the sensitive images are dropped
-    return flags.replace("SCORES", f"{folder('filter ' + data)}/scores.pt").replace("KEEP", keep)
+    keep = f"{float(1 - prior * 4 / 5):.3g}"    # a number of images as of 4/5 of the sensitive goes
+    return flags.replace("SCORES", scores).replace("KEEP", keep)
 
 
 def folder(text: str) -> str:
+    text = re.sub(r"out/table/\S+/scores\.pt", "filtered", text)    # its name has the same flags
     return "out/table/" + text.replace("--", "").replace("/", "_").replace(" ", "-")
 
 
@@ -80,6 +89,7 @@ COMPARISONS = {
     for title in CASES}
 LABELS = ["2500", "500", "100", "20"]
 CURVES = {
+    "seed": dict(zip(SEEDS, seeds_of("MNIST, half of U is odd", "PU"))),
     "steps": {n: run_flags("--prior 0.5", max_steps=n) for n in [1000, 2000, 4000]},
     "labeled images": vary("n_labeled", LABELS, default="2500"),
     "labeled images, filter alone": {
@@ -94,8 +104,7 @@ CURVES = {
 TABLES = COMPARISONS | CURVES    # title: {name of the row: flags of train.py}
 SAMPLED = run_flags("--prior 0.5")
 SAMPLERS = [f"--sampler {name} --steps {steps}" for name, steps in [
-    ("dpm++", 5), ("dpm++", 10), ("dpm++", 50), ("ddim", 10), ("ddim", 20), ("ddim", 50),
-    ("ddpm", 100), ("ddpm", 1000)]]    # for the images of one run
+    ("dpm++", 5), ("dpm++", 10), ("ddim", 10), ("ddim", 20), ("ddim", 50)]]    # of one run's images
 
 
 # -----------------------------------------------------------------------------
@@ -113,11 +122,11 @@ def finish(*command: str, env: dict) -> str:
                           stdout=subprocess.PIPE).stdout
 
 
-def score(scores: str, flags: str, env: dict):
-    """Has pu_filter.py write its scores for a run, unless they exist."""
+def score(scores: str, env: dict):
+    """Has pu_filter.py write these scores, unless they exist."""
     if not (ROOT / scores).exists():
-        data_flags = flags.split(" --algorithm")[0].split(" --scores")[0]
-        finish("pu_filter.py", *data_flags.split(), "--out_dir", str(Path(scores).parent), env=env)
+        out_dir = str(Path(scores).parent)
+        finish("pu_filter.py", *FILTERS[scores].split(), "--out_dir", out_dir, env=env)
 
 
 def train(flags: str, env: dict):
@@ -130,8 +139,10 @@ def evaluate(flags: str, env: dict, evaluate_flags: str = ""):
     """Appends a line to the results."""
     command = ["evaluate.py", "--ckpt", f"{folder(flags)}/ckpt.pt", *evaluate_flags.split()]
     result = json.loads(finish(*command, env=env).splitlines()[-1])
-    cuda = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = str(torch.accelerator.current_accelerator() or f"{os.cpu_count()} CPU cores")
     result = dict(flags=flags, evaluate_flags=evaluate_flags, machine=machine) | result
     with RESULTS.open("a") as file:
         file.write(json.dumps(result) + "\n")
@@ -145,12 +156,15 @@ def make(jobs: int):
     env = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)))
     distinct = dict.fromkeys(flags for runs in TABLES.values() for flags in runs.values())
     missing = [flags for flags in distinct if (flags, "") not in known]
+    samplers = [flags for flags in SAMPLERS if (SAMPLED, flags) not in known]
+    if samplers and SAMPLED not in missing and not (ROOT / folder(SAMPLED) / "ckpt.pt").exists():
+        missing.append(SAMPLED)    # its line is there, its checkpoint is not
     with ThreadPoolExecutor(jobs) as pool:
         scored, done = {}, {}
         for flags in missing:
             scores = scores_of(flags)
             if scores and scores not in scored:
-                scored[scores] = pool.submit(score, scores, flags, env)
+                scored[scores] = pool.submit(score, scores, env)
 
         def complete(flags):
             if scores_of(flags):
@@ -165,9 +179,8 @@ def make(jobs: int):
 
         for flags in missing:
             done[flags] = pool.submit(complete, flags)
-        for sampler_flags in SAMPLERS:
-            if (SAMPLED, sampler_flags) not in known:
-                done[sampler_flags] = pool.submit(sample, sampler_flags)
+        for sampler_flags in samplers:
+            done[sampler_flags] = pool.submit(sample, sampler_flags)
         try:
             for future in done.values():
                 future.result()
@@ -201,42 +214,49 @@ def figures(results: list) -> list:
             ", ".join(f"{result['fid']:.2f}" for result in results)]
 
 
-def mean(results: list) -> list:
-    """-> one cell: mean rate and mean FID"""
+def mean(results: list) -> str:
+    """-> a cell: mean rate and mean FID"""
+    if not results:
+        return ""
     rate, fid = (sum(result[key] for result in results) / len(results) for key in ["rate", "fid"])
-    return [f"{rate:.3f}, {fid:.2f}"]
+    return f"{rate:.3f}, {fid:.2f}"
 
 
 def table(head: list, rows: list) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in [head, *rows]]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def comparison(title: str, cells) -> list:
-    """-> the rows of a case: a method, and `cells` of the results of its seeds. The last are real
-    images: what the judge says of the normal ones, and the floor of FID."""
+def evaluated(title: str) -> dict:
+    """-> {method: results of its seeds} of a case"""
     known = best_results((run, "") for run in COMPARISONS[title].values())
     found = {method: [known[run, ""] for run in seeds_of(title, method) if (run, "") in known]
              for method in METHODS}
-    rows = [[method, *cells(results)] for method, results in found.items() if results]
-    if rows:
-        some = next(filter(None, found.values()))[0]
-        real = dict(rate=1 - some["false_alarms"], fid=some["fid_floor"])
-        rows.append(["real normal images", *cells([real])])
-    return rows
+    return {method: results for method, results in found.items() if results}
+
+
+def real(found: dict) -> dict:
+    """-> what the judge says of the real normal test images, and the floor of FID"""
+    result = next(iter(found.values()))[0]
+    return dict(rate=1 - result["false_alarms"], fid=result["fid_floor"])
 
 
 def markdown() -> dict:
     """-> {title: table} of all that was evaluated"""
-    tables, means = {}, []
-    for title, (data, steps) in CASES.items():
-        rows = comparison(title, figures)
-        if rows:
-            head = [f"`{data} --max_steps {steps}` and", "non-sensitive rate", "95 %", "FID"]
-            for row in rows:
-                row[0] += f" `{METHODS[row[0]]}`" if METHODS.get(row[0]) else ""
-            tables[title] = table(head, rows)
-            means.append(comparison(title, mean))
+    tables = {}
+    cases = {title: found for title in CASES if (found := evaluated(title))}
+    if cases:
+        rows = [[method, *[mean(found.get(method, [])) for found in cases.values()]]
+                for method in METHODS]
+        rows.append(["real normal images", *[mean([real(found)]) for found in cases.values()]])
+        tables["means"] = table(["rate, FID", *cases], rows)
+    for title, found in cases.items():
+        data, steps = CASES[title]
+        rows = [[f"{method} `{METHODS[method]}`".replace(" ``", ""), *figures(results)]
+                for method, results in found.items()]
+        rows.append(["real normal images", *figures([real(found)])])
+        head = [f"`{data} --max_steps {steps}` and", "non-sensitive rate", "95 %", "FID"]
+        tables[title] = table(head, rows)
     for title, runs in CURVES.items():
         known = best_results((run, "") for run in runs.values())
         rows = [[name, *figures([known[flags, ""]]), f"`{flags}`"]
@@ -244,16 +264,10 @@ def markdown() -> dict:
         if len(rows) > 1:    # a curve
             tables[title] = table([title, "non-sensitive rate", "95 %", "FID", "flags"], rows)
     known = best_results((SAMPLED, flags) for flags in SAMPLERS)
-    rows = [[f"`{flags}`", *figures([known[SAMPLED, flags]])]
-            for flags in SAMPLERS if (SAMPLED, flags) in known]
-    if rows:
+    rows = [[f"`{flags}`" if flags else "the default", *figures([known[SAMPLED, flags]])]
+            for flags in ["", *SAMPLERS] if (SAMPLED, flags) in known]
+    if len(rows) > 1:
         tables["samplers"] = table(["sampler", "non-sensitive rate", "95 %", "FID"], rows)
-    if means:
-        titles = [title for title in CASES if title in tables]
-        by_method = [{row[0]: row[1] for row in rows} for rows in means]
-        rows = [[method, *[rows.get(method, "") for rows in by_method]]
-                for method in [*METHODS, "real normal images"]]
-        tables["means"] = table(["mean of the seeds: rate, FID", *titles], rows)
     return tables
 
 

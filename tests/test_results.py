@@ -61,8 +61,8 @@ def test_a_run_that_stands_in_several_tables_has_the_same_flags(table):
                          ("where the PU risk begins", "1/2")]:
         assert tables[title][value] == default
     assert tables["prior in the risk, half of U is odd"]["0.5"] == tables["steps"][1000]
-    runs = [flags for runs in tables.values() for flags in runs.values()]
-    assert all(runs.count(flags) == 1 for flags in runs if "seed" in flags)
+    for seed in table["SEEDS"]:
+        assert tables["seed"][seed] == tables["MNIST, half of U is odd"][f"PU, seed {seed}"]
 
 
 def test_its_flags_and_defaults_are_those_of_train_py(table, tmp_path):
