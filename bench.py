@@ -135,10 +135,7 @@ else:
 
 size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
 matrix = torch.randn(size, size, device=device, dtype=getattr(torch, args.dtype))
-functions = {
-    "matmul": lambda: matrix @ matrix, "forward": lambda: loss_fn(*batch()),
-    "forward+backward": forward_backward, "train": train, "sample": sample,
-}
+functions = {"matmul": lambda: matrix @ matrix, "train": train, "sample": sample}
 
 # -----------------------------------------------------------------------------
 # the other library's
@@ -218,8 +215,6 @@ results = {
     "model": args.model, "shape": shape, "batch_size": batch_size, "device": str(device),
     "dtype": args.dtype, "compile": args.compile, "threads": torch.get_num_threads(),
     "train_images_per_second": train_speed, "step_seconds": seconds["train"],
-    "forward_seconds": seconds["forward"],
-    "backward_seconds": seconds["forward+backward"] - seconds["forward"],
     "sample_images_per_second": sample_speed, "steps": args.steps,
     "train_flops_per_image": flops, "matmul_flops": peak,
     "share_of_peak": flops * train_speed / peak, "memory_bytes": memory,
@@ -229,9 +224,7 @@ n_params = sum(p.numel() for p in model.parameters())
 print(f"{args.model}, {n_params / 1e6:.2f} M parameters, batches of {batch_size} x {shape}")
 print(f"{device} ({where}), {args.dtype}, {'compiled' if args.compile else 'not compiled'}; "
       f"medians of {args.repeats} rounds")
-print(f"training   {train_speed:8.1f} images/s: {1000 * seconds['train']:.1f} ms a step, of which "
-      f"forward {1000 * seconds['forward']:.1f}, "
-      f"backward {1000 * results['backward_seconds']:.1f}")
+print(f"training   {train_speed:8.1f} images/s: {1000 * seconds['train']:.1f} ms a step")
 print(f"sampling   {sample_speed:8.1f} images/s in {args.steps} steps")
 print(f"peak       {results['share_of_peak']:8.1%} of a matrix multiplication's "
       f"{peak / 1e12:.3g} TFLOP/s; {flops / 1e9:.3g} GFLOP an image")

@@ -71,9 +71,9 @@ def draw_curves(path: Path):
         if len(points) > 1 and label != "seed":
             curves.setdefault(label, {})[line or "PU"] = points
     known = best_results((SAMPLED, flags) for flags in SAMPLERS)
-    for flags in ["", *SAMPLERS]:
+    for flags in SAMPLERS:
         if (SAMPLED, flags) in known:
-            _, name, _, steps = (flags or "--sampler dpm++ --steps 20").split()
+            _, name, _, steps = flags.split()
             lines = curves.setdefault("steps of the sampler", {})
             lines.setdefault(name, []).append((int(steps), known[SAMPLED, flags]))
     if not curves:

@@ -32,7 +32,6 @@ def test_every_figure_is_there(bench):
     assert bench["train_images_per_second"] == pytest.approx(2 / bench["step_seconds"])
     flops_per_second = bench["train_flops_per_image"] * bench["train_images_per_second"]
     assert bench["share_of_peak"] == pytest.approx(flops_per_second / bench["matmul_flops"])
-    assert bench["forward_seconds"] > 0    # compared with others only on an idle machine
     assert bench["sample_images_per_second"] > 0
     assert bench["memory_bytes"] > 2 ** 20 and "rival" not in bench
     for words in ["training", "images/s", "sampling", "in 2 steps", "memory", "not compiled",
