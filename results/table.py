@@ -268,6 +268,39 @@ def markdown() -> dict:
             for flags in SAMPLERS if (SAMPLED, flags) in known]
     if len(rows) > 1:
         tables["samplers"] = table(["sampler", "non-sensitive rate", "95 %", "FID"], rows)
+    return tables | other_tables()
+
+
+def lines_of(name: str) -> list:
+    path = ROOT / "results" / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def other_tables() -> dict:
+    """-> the tables of second_judge.py and bench.py"""
+    tables = {}
+    rows = [[r["dataset"], r["images"], f"{r['rate']:.3f}", f"{r['rate_by_second']:.3f}",
+             f"{r['agreement']:.3f}"] for r in lines_of("judges.jsonl")]
+    if rows:
+        tables["judges"] = table(["", "images", "rate by the judge", "by the second", "agreement"],
+                                 rows)
+    rows = [[r["machine"], r["model"], r.get("how", "compiled" if r["compile"] else "not compiled"),
+             *[f"{r[f'{what}_images_per_second']:.1f}" for what in ["train", "sample"]], r["steps"],
+             r.get("rival", ""),
+             *[f"{r[f'{what}_ratio']:.2f}" if "rival" in r else "" for what in ["train", "sample"]]]
+            for r in lines_of("speed.jsonl")]
+    if rows:
+        head = ["", "network", "", "training, images/s", "sampling, images/s", "steps",
+                "diffusers has", "training, times", "sampling, times"]
+        tables["speed"] = table(head, rows)
+    loops = [("train.py", r) for r in map(read_results(FILES[0]).get, [
+        (flags, "") for flags in CURVES["steps"].values()]) if r]
+    loops += [("library_loop.py", r) for r in lines_of("library.jsonl")]
+    rows = [[name, f"{r['train_seconds'] / 60:.0f}", r["train_steps"], r["n"], *figures([r])]
+            for name, r in loops]
+    if rows:
+        tables["time"] = table(["loop", "minutes", "steps", "images judged", "non-sensitive rate",
+                                "95 %", "FID"], rows)
     return tables
 
 
