@@ -101,8 +101,8 @@ folder.mkdir(parents=True)
 EVALUATE = """\
 import json
 print("a report")
-print(json.dumps(dict(rate=0.9, rate_low=0.89, rate_high=0.91, fid=4, fid_floor=0.2,
-                      false_alarms=0.01)))
+print(json.dumps(dict(rate=0.9, rate_low=0.89, rate_high=0.91, fid=4, fid_floor=0.2, n=5000,
+                      false_alarms=0.01, train_seconds=480, train_steps=1000)))
 """
 
 
