@@ -154,3 +154,23 @@ def test_it_draws_the_log_of_a_run(small_run, tmp_path, monkeypatch):
         plot[draw](tmp_path / "plot.png")
         with Image.open(tmp_path / "plot.png") as image:
             assert image.width > 500
+
+
+# -----------------------------------------------------------------------------
+# results/second_judge.py
+
+def test_the_second_judge_sees_patches_and_what_both_say_is_counted():
+    second = runpy.run_path(str(RESULTS / "second_judge.py"))
+    torch.manual_seed(0)
+    model = second["Transformer"](image_channels=1, image_size=8, n_classes=3).eval()
+    x = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        logits = model(x)
+        model.position.zero_()
+        assert not torch.allclose(model(x), logits)    # it knew where a patch lies
+        swapped = torch.cat([x[..., 4:], x[..., :4]], dim=-1)
+        assert torch.allclose(model(swapped), model(x), atol=1e-5)    # whole patches of 4x4
+    first, other = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 0, 1])
+    row = second["compare"]("samples", first, other, sensitive=[2])
+    assert row == {"images": "samples", "n": 4, "rate": 0.5, "rate_by_second": 0.75,
+                   "agreement": 0.25}
