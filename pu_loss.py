@@ -14,11 +14,11 @@ l(x) the loss of the network on image x, an estimate of the negative ELBO:
     risk = prior E_S[-log(1 - exp(-l))] + (1 - prior) E_N[l]
          = prior E_S[-log(1 - exp(-l))] + correction(E_U[l] - prior E_S[l])
 
-The difference estimates a loss, which is never negative. A network that learns S by heart can make
-the estimate negative all the same, so it is corrected:
+The difference estimates a loss, which is never negative. A network that raises l on S alone can
+make the estimate negative all the same, so it is corrected:
 
     abs     |difference|, as published (Hammoudeh & Lowd 2020, arXiv:2002.10261)
-    nn      where it is negative, minimise minus the difference and nothing else
+    nn      where it is negative, minimise only minus the difference
             (non-negative PU learning, Kiryo et al. 2017, arXiv:1703.00593, algorithm 1)
     none    no correction: unbiased, and free to diverge
 
