@@ -61,7 +61,7 @@ def run_flags(data: str, *others: str, seed: int = 0, max_steps: int = 4000) -> 
     scores = f"{folder('filter ' + data)}/scores.pt"
     FILTERS[scores] = data
     prior = Fraction(re.search(r"--prior (\S+)", data)[1])
-    keep = f"{float(1 - prior * 4 / 5):.3g}"    # a number of images as of 4/5 of the sensitive goes
+    keep = f"{float(1 - prior * 4 / 5):.3g}"    # drops 4/5 of prior |U| images
     return flags.replace("SCORES", scores).replace("KEEP", keep)
 
 
@@ -277,7 +277,7 @@ def lines_of(name: str) -> list:
 
 
 def other_tables() -> dict:
-    """-> the tables of second_judge.py and bench.py"""
+    """-> the tables of second_judge.py, bench.py and library_loop.py"""
     tables = {}
     rows = [[r["dataset"], r["images"], f"{r['rate']:.3f}", f"{r['rate_by_second']:.3f}",
              f"{r['agreement']:.3f}"] for r in lines_of("judges.jsonl")]
