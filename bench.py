@@ -5,7 +5,7 @@ How fast is it? Images a second in training and in sampling, against what the ma
     python bench.py --model paper --image_size 32 --channels 3     # the paper's network, for a GPU
     python bench.py --against diffusers                            # beside another library
 
-A training step is that of train.py at prior 0.5, without augmentation. --against diffusers (pip
+A training step is like that of train.py at prior 0.5, without cap and log. --against diffusers (pip
 install diffusers) also times that library's U-Net of the same architecture, batch and precision in
 the loop that its users write: a DataLoader, float conversion on the host, nothing compiled. It has
 no network like `tiny`, which folds pixels into channels; there it gets one that is common on MNIST,
@@ -77,8 +77,7 @@ n_u, n_s = batch_composition("pu", batch_size, prior, 50000, 2500)
 images = torch.randint(256, (10000, *shape), dtype=torch.uint8).to(device)
 diffusion = GaussianDiffusion().to(device)
 ema = copy.deepcopy(model).eval().requires_grad_(False)
-fused = True if device.type in ("cuda", "cpu") else None
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type in ("cuda", "cpu"))
 
 def batch():
     """-> x_0, t and eps, where images of S share t and eps with images of U."""
@@ -110,28 +109,19 @@ def sample():
     with autocast:
         diffusion.sample(sampling_model, (batch_size, *shape), args.steps)
 
-with FlopCounterMode(display=False) as counter:
-    forward_backward()
-flops = counter.get_total_flops() / batch_size    # of an image
-
-sampling_model = ema
-if args.compile:
-    x_0, t, eps = batch()
-    loss_fn = compiled(loss_fn, lambda fast: fast(x_0, t, eps).backward())
-    with torch.no_grad(), autocast:
-        sampling_model = compiled(ema, lambda fast: fast(x_0, t))
-    args.compile = sampling_model is not ema    # where torch.compile fails, nothing is compiled
-
-if on_cuda:
-    torch.cuda.reset_peak_memory_stats()
-train()
-train()
-if on_cuda:
-    memory = torch.cuda.max_memory_allocated()
-else:
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+eager, sampling_model = loss_fn, ema
+with exit_status(parser, user_errors=False):
+    with FlopCounterMode(display=False) as counter:
+        forward_backward()
+    flops = counter.get_total_flops() / batch_size    # of an image
+    if args.compile:
+        x_0, t, eps = batch()
+        loss_fn = compiled(eager, lambda fast: fast(x_0, t, eps).backward())
+        with torch.no_grad(), autocast:
+            sampling_model = compiled(ema, lambda fast: fast(x_0, t))
+        args.compile = loss_fn is not eager and sampling_model is not ema
+    train()
+    memory = torch.cuda.max_memory_allocated() if on_cuda else None
 
 size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
 matrix = torch.randn(size, size, device=device, dtype=getattr(torch, args.dtype))
@@ -145,7 +135,8 @@ if args.against:
         rival_name, pad = "the same architecture", config.pad
         rival = UNet2DModel.from_config(describe(config))
     else:
-        rival_name, pad = "channels (32, 64, 64)", max(0, 32 - args.image_size) // 2
+        rival_name = "channels (32, 64, 64)"
+        pad = max(32 - args.image_size, -args.image_size % 4) // 2
         rival = UNet2DModel(
             in_channels=args.channels, out_channels=args.channels, block_out_channels=(32, 64, 64),
             down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
@@ -196,13 +187,14 @@ def clock(function) -> float:
     optimizer.zero_grad()
     return seconds
 
-for function in functions.values():    # warm up
-    clock(function)
 timings = {name: [] for name in functions}
-for i in range(args.repeats):
-    for name, function in functions.items():
-        timings[name].append(clock(function))
-    print(f"\rround {i + 1} of {args.repeats}", end="", file=sys.stderr, flush=True)
+with exit_status(parser, user_errors=False):
+    for function in functions.values():    # warm up
+        clock(function)
+    for i in range(args.repeats):
+        for name, function in functions.items():
+            timings[name].append(clock(function))
+        print(f"\rround {i + 1} of {args.repeats}", end="", file=sys.stderr, flush=True)
 print(file=sys.stderr)
 
 # -----------------------------------------------------------------------------
@@ -228,7 +220,8 @@ print(f"training   {train_speed:8.1f} images/s: {1000 * seconds['train']:.1f} ms
 print(f"sampling   {sample_speed:8.1f} images/s in {args.steps} steps")
 print(f"peak       {results['share_of_peak']:8.1%} of a matrix multiplication's "
       f"{peak / 1e12:.3g} TFLOP/s; {flops / 1e9:.3g} GFLOP an image")
-print(f"memory     {memory / 2 ** 20:8.0f} MiB{'' if on_cuda else ', of the whole process'}")
+if on_cuda:
+    print(f"memory     {memory / 2 ** 20:8.0f} MiB")
 if args.against:
     results["rival"] = rival_name
     print(f"{args.against}, {rival_name}:")

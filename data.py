@@ -7,7 +7,8 @@ Data sets, and their split into an unlabeled set U, a sensitive set S, and norma
 
     python data.py --dataset cifar10 --preview cifar10.png      # look at your data first
 
-Labels are used to draw the split and to judge the result. Training does not see them.
+Labels are used to draw the split and to judge the result. Training does not see them, except with
+--algorithm oracle.
 """
 import argparse
 import hashlib
@@ -18,7 +19,7 @@ import torch
 
 from formats import CELEBA_ATTRIBUTES, load_celeba, load_folder, load_idx, load_records
 from images import numbered, save_grid, save_grids
-from runtime import absolute, exit_status, fraction, int64, positive, say
+from runtime import absolute, exit_status, fraction, int64, png, positive, say
 
 DATA_DIR = Path(__file__).parent / "data"
 MAX_ON_DEVICE = 2 ** 29    # bytes of images; more stay in their file
@@ -98,15 +99,16 @@ def digest(images: torch.Tensor) -> str:
 # -----------------------------------------------------------------------------
 # the split
 
-def parse_classes(name: str, text: str) -> list:
-    """Names of classes or groups, or class numbers, with commas -> class numbers, sorted.
+def parse_classes(name: str, text: str = None) -> list:
+    """Names of classes or groups, or class numbers, with commas (default: those of the data set)
+    -> class numbers, sorted. For example, parse_classes("cifar10", "cat, 1") is [1, 3].
 
-    For example, parse_classes("cifar10", "cat, 1") is [1, 3]. Raises ValueError for a class that
-    does not exist, and if no class would be left."""
+    Raises ValueError for a class that does not exist, and if no class would be left."""
     classes, groups = DATASETS[name]["classes"], DATASETS[name]["groups"]
     numbers_of = {str(i): [i] for i in range(len(classes))}
     numbers_of |= {word: [i] for i, word in enumerate(classes)} | groups
     chosen = set()
+    text = DATASETS[name]["sensitive"] if text is None else text
     for word in text.lower().split(","):
         word = word.strip()
         if word not in numbers_of:
@@ -162,8 +164,8 @@ def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_la
 
 
 def known_prior(name: str, prior: float = None) -> float:
-    """-> prior, or the data set's default. Raises ValueError for a folder, where a guess would
-    silently train something else."""
+    """-> prior, or 0.5. Raises ValueError for a folder, where a guess would silently train
+    something else."""
     if name == "folder" and prior is None:
         raise ValueError("--dataset folder needs --prior, the fraction of sensitive images in "
                          "unlabeled/: count them among the 400 that `python data.py --dataset "
@@ -183,7 +185,7 @@ def split(name: str, data: Images, sensitive: str = None, prior: float = None,
         u, s = ((data.train_labels == label).nonzero()[:, 0] for label in (0, 1))
         return u, s, torch.arange(len(data.test))
     defaults = DATASETS[name]
-    classes = parse_classes(name, sensitive or defaults["sensitive"])
+    classes = parse_classes(name, sensitive)
     prior = known_prior(name, prior)
     n_unlabeled = n_unlabeled or round(defaults["n_normal"] / (1 - prior))
     return pu_split(data, classes, prior, n_unlabeled, n_labeled or defaults["n_labeled"], seed)
@@ -223,7 +225,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, usage="python data.py [--flag value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     data_flags(parser)
-    parser.add_argument("--preview", type=Path, default="preview.png",
+    parser.add_argument("--preview", type=png, default="preview.png",
                         help="PNG to write: images of U and S; of a folder, 400 of U to count on "
                              "(default: preview.png)")
     args = parser.parse_args()
@@ -234,9 +236,8 @@ def main():
         say(f"{args.dataset}: {len(data.train):,} training images {tuple(data.train[0].shape)}; "
             f"U has {len(u):,}, S has {len(s):,}; {len(test_normal):,} normal test images")
         if args.dataset != "folder":    # whose fraction of sensitive images in U is not known
-            defaults = DATASETS[args.dataset]
-            classes = parse_classes(args.dataset, args.sensitive or defaults["sensitive"])
-            names = ", ".join(defaults["classes"][i] for i in classes)
+            classes = parse_classes(args.dataset, args.sensitive)
+            names = ", ".join(DATASETS[args.dataset]["classes"][i] for i in classes)
             n_hidden = int(has_class(data.train_labels[u], classes).sum())
             say(f"sensitive: {names}; in U: {n_hidden:,}, which is {n_hidden / len(u):.4g} of it")
         torch.manual_seed(args.seed)

@@ -113,7 +113,7 @@ class GaussianDiffusion(nn.Module):
         generator: a torch.Generator, the source of all noise. progress: counts steps on stderr.
         Raises ValueError for another sampler, steps outside 1 ... T, or eta outside [0, 1]."""
         if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}: choose ddpm, ddim or dpm++")
+            raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be 1 to {self.T}, not {steps}")
         if eta is None:

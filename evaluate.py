@@ -15,8 +15,8 @@ The judge is a small network, trained on the real labels and kept beside the dat
                          the FIDs of papers, which use those of Inception. The floor is the FID of
                          as many real training normals.
 
-Your own images have no labels. There, a classifier learns S, the sensitive images, against those in
-normal_test/: how many of all others look like S? And the Frechet distance needs no network.
+Your own images have no labels. There, a classifier learns to tell S, the sensitive images, from
+normal_test/: how many images of each group look like S? And the Frechet distance needs no network.
 
 The last line printed is JSON and holds all figures.
 """
@@ -151,7 +151,8 @@ def measure(classifier: Classifier, images: torch.Tensor, data: Images, sensitiv
 # -----------------------------------------------------------------------------
 # your own images, without labels
 
-FOLDS, STEPS = 4, 200    # of the images; of each training
+FOLDS = 4      # of the images
+STEPS = 200    # of each training
 
 
 def score_like_s(groups: dict, hflip: bool, device: torch.device) -> dict:
@@ -159,18 +160,18 @@ def score_like_s(groups: dict, hflip: bool, device: torch.device) -> dict:
     "sensitive" against "normal_test".
 
     Each fold of the images is judged by a classifier that was trained on the others. It has seen
-    none of them, so its errors in these two groups show its errors on other real images."""
+    none of them, so its errors on these two groups show its errors on other real images."""
     images = torch.cat(list(groups.values()))
     indices = torch.arange(len(images)).split([len(group) for group in groups.values()])
-    parts, z = dict(zip(groups, indices)), torch.zeros(len(images))
+    parts, logits = dict(zip(groups, indices)), torch.zeros(len(images))
     torch.manual_seed(0)
     for fold in range(FOLDS):
         normal, sensitive = (parts[name][parts[name] % FOLDS != fold]
                              for name in ("normal_test", "sensitive"))
         model = fit(images, normal, sensitive, cross_entropy, hflip, STEPS, device,
                     name=f"S or normal? fold {fold + 1} of {FOLDS}")
-        z[fold::FOLDS] = score(model, images, torch.arange(fold, len(images), FOLDS))
-    return {name: z[index] for name, index in parts.items()}
+        logits[fold::FOLDS] = score(model, images, torch.arange(fold, len(images), FOLDS))
+    return {name: logits[index] for name, index in parts.items()}
 
 
 def cell_features(images: torch.Tensor) -> torch.Tensor:
@@ -191,34 +192,34 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
     -> its rows by name, and [N]: how much is each image like S? Above 0, a classifier takes it for
     S; without normal_test/ there is none, and this is minus the distance to the nearest of S.
 
-    The Frechet distance is to one half of normal_test/ or, without it, of U. It depends on how many
-    images there are, so all rows have as many; smaller groups have none. The other half shows the
-    floor."""
+    The Frechet distance is to one half of normal_test/ or, without it, of U; the row of that group,
+    its other half, shows the floor. It depends on how many images there are, so all rows have as
+    many; smaller groups have none."""
     generator = torch.Generator().manual_seed(seed)
     u, s, normal = split("folder", data)
     u = u[torch.randperm(len(u), generator=generator)[:2 * len(images)]]
     groups = {"images": images, "unlabeled": data.train[u], "sensitive": data.train[s]}
-    reference, z = "unlabeled", {}
+    reference, logits = "unlabeled", {}
     if len(normal):
         reference = "normal_test"
         some = torch.randperm(len(normal), generator=generator)[:4 * len(images)]
         groups[reference] = data.test[some]
-        z = score_like_s(groups, hflip, device)
+        logits = score_like_s(groups, hflip, device)
     features = {name: cell_features(group) for name, group in groups.items()}
-    like_s = z.get("images")
+    like_s = logits.get("images")
     if like_s is None:
         like_s = -torch.cdist(features["images"], features["sensitive"]).amin(1)
     n = min(len(images), len(groups[reference]) // 2)
     half, features[reference] = features[reference].split([n, len(groups[reference]) - n])
 
-    column = "look like S (95 %)          " if z else ""
+    column = "look like S (95 %)          " if logits else ""
     runtime.say(f"             images   {column}Frechet distance to {n:,} of {reference}/")
     rows = {}
     for name, group in groups.items():
         row = rows[name] = {"n": len(group)}
         line = f"{name:12} {len(group):6,}   "
-        if z:
-            count = int((z[name] > 0).sum())
+        if logits:
+            count = int((logits[name] > 0).sum())
             low, high = wilson(count, len(group))
             row |= dict(like_s=count / len(group), like_s_low=low, like_s_high=high)
             line += f"{row['like_s']:.4f} ({low:.4f} to {high:.4f})   "
@@ -271,9 +272,9 @@ def evaluate(args: argparse.Namespace):
     info, sensitive = DATASETS[name], []
     data_dir = args.data_dir or Path(run.get("data_dir", DATA_DIR))
     if name != "folder":
-        if not data_dir.exists():    # on the machine that trained
+        if not args.data_dir and not data_dir.exists():    # it was on the machine that trained
             data_dir = DATA_DIR
-        sensitive = parse_classes(name, args.sensitive or run.get("sensitive", info["sensitive"]))
+        sensitive = parse_classes(name, args.sensitive or run.get("sensitive"))
     out_dir = args.out_dir or (args.ckpt.parent if ckpt else Path())
     out_dir.mkdir(parents=True, exist_ok=True)
     device = runtime.find_device(args.device)
@@ -314,16 +315,18 @@ def evaluate(args: argparse.Namespace):
     trained = {key: run.get(key) for key in TRAINED}
     if ckpt:
         trained |= dict(loss_prior=ckpt["loss_prior"], train_seed=run.get("seed"),
-                        train_steps=ckpt["step"], train_seconds=ckpt["seconds"])
+                        train_steps=ckpt["step"], train_seconds=ckpt["seconds"],
+                        sampler=args.sampler, steps=args.steps, sampling_dtype=args.dtype)
     figures = dict(dataset=name, sensitive=sensitive, **trained, n=len(images),
-                   sampler=args.sampler if ckpt else None, steps=args.steps if ckpt else None,
                    seed=args.seed)
     if name == "folder":
         figures["groups"], like_s = compare(images, data, run.get("hflip", info["hflip"]),
                                            args.seed, device)
         order = like_s.argsort(descending=True)
         images, is_sensitive = images[order], like_s[order] > 0
-        caption = "up to 100 images, those most like S first, those that look like S framed in red"
+        caption = "up to 100 images, those most like S first"
+        if len(data.test):
+            caption += ", those that look like S framed in red"
     else:
         cache = data_dir / name / f"classifier_{size}x{channels}.pt"
         classifier, accuracy = load_judge(data, info["hflip"], cache, device)
@@ -344,7 +347,7 @@ def evaluate(args: argparse.Namespace):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="evaluate.py (--ckpt CKPT | --images FOLDER | --export_real FOLDER) [--flag ...]")
+        usage="python evaluate.py (--ckpt CKPT | --images FOLDER | --export_real FOLDER) [...]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ckpt", type=Path, help="judge samples of this checkpoint of train.py")
     what.add_argument("--images", type=Path, help="judge the PNGs in this folder")

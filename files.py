@@ -164,6 +164,7 @@ def open_log(path: Path, columns: list, last_step: int):
     last_step -> a function that writes a row, a dict. Rows after last_step go, for they come again;
     rows that are damaged go, too. Cells without a value are empty."""
     rows = []
+    csv.field_size_limit(2 ** 31 - 1)    # of a damaged file
     if path.exists():
         with path.open(newline="", errors="replace") as file:
             for row in csv.DictReader(file, columns, quoting=csv.QUOTE_NONE):

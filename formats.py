@@ -231,6 +231,8 @@ def decode(path: Path, image_size: int, channels: int) -> np.ndarray:
             turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
         if turn is not None:
             image = image.transpose(turn)
+        if image.mode == "F":
+            raise ValueError    # floating-point numbers, in a range that nobody knows
         if image.mode.startswith("I"):    # 16 bits of grey
             pixels = np.asarray(image).clip(0, 65535) / 257
             image = Image.fromarray(pixels.round().astype(np.uint8))

@@ -43,7 +43,7 @@ def empty_png_folder(folder: Path, flag: str):
 
     Raises ValueError, which names the flag, if it holds some already."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.png")):
+    if any(path.suffix.lower() == ".png" for path in folder.iterdir()):
         raise ValueError(f"{flag} {folder} already holds PNGs, which would mix with these: "
                          f"name an empty folder")
 

@@ -2,7 +2,7 @@
 Models in the diffusers format: read one to clean it, write the cleaned one back.
 
     python train.py --dataset cifar10 --prior 1/11 --init_from google/ddpm-cifar10-32
-    python sample.py --ckpt out/cifar10-pu-0.09091/ckpt.pt --save_diffusers cleaned/
+    python sample.py --ckpt out/cifar10-pu-0.09091-init_from/ckpt.pt --save_diffusers cleaned/
 
 The first command fetches a model from the hub; DDPMPipeline.from_pretrained reads what the second
 writes. A model is a folder with config.json, diffusion_pytorch_model.bin or .safetensors, and
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -161,7 +162,7 @@ def fetch_pretrained(name: str, data_dir: Path) -> Path:
     try:
         get("config.json", "unet")
     except OSError as error:
-        if not any(folder.iterdir()):
+        with suppress(OSError):    # it is not empty, or could not be made
             folder.rmdir()
         raise OSError(f"{name} is neither a folder here nor a model on the hub: {error}") from None
     get("scheduler_config.json", "scheduler")

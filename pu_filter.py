@@ -5,14 +5,14 @@ Which images of U are probably sensitive? A positive-unlabeled (PU) classifier s
     python train.py --prior 0.5 --algorithm unsupervised --scores out/filter-mnist-0.5/scores.pt
 
 The filter is optional, and not part of the default method, which trains on all of U and S. It is
-that method's rival: sort U first, then train on the rest (--algorithm unsupervised).
+that method's rival: sort U first, then train on what is kept (--algorithm unsupervised).
 
 The classifier needs no labeled normal image. It minimises the non-negative PU risk of Kiryo et al.
 2017 (arXiv:1703.00593), with equal weights for both classes (Su et al., IJCAI 2021), or it would
 ignore a rare one. Then it is trained from scratch twice more, on S and on the images of U that it
 was most certain of (self-training, Scudder 1965). That helps most where labels are few.
 
-U and S are cut into four folds, and a network that was trained on the other three scores each. It
+U and S are cut into four folds, and each is scored by a network trained on the other three. That
 has seen none of these images, so it keeps the same fraction of S as of the sensitive images in U:
 
     E_U[kept l] = prior E_S[kept l] + (1 - prior) E_N[kept l]        kept(x) is 1 or 0
@@ -106,15 +106,18 @@ def read_scores(path: Path, data: Images, u: torch.Tensor, s: torch.Tensor, keep
 def print_table(args: argparse.Namespace, z_u: torch.Tensor, z_s: torch.Tensor, labels_u):
     """Prints what --keep does: the sensitive fraction of the kept images, estimated by S, and where
     U has labels, the true fraction and the fraction of normal images that are kept."""
-    say(" --keep   sensitive, by S   sensitive, by labels   normal images kept")
+    head = " --keep   sensitive, by S"
+    if args.dataset != "folder":
+        head += "   sensitive, by labels   normal images kept"
+        normal = (~has_class(labels_u, parse_classes(args.dataset, args.sensitive))).float()
+    say(head)
+    order = z_u.argsort()
     for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
         keep = share * (1 - args.prior)
-        kept = z_u.argsort()[:max(1, round(keep * len(z_u)))]
+        kept = order[:max(1, round(keep * len(z_u)))]
         passed = (z_s <= z_u[kept[-1]]).float().mean()
         line = f"{keep:7.3f}   {args.prior * passed / keep:15.4f}"
         if args.dataset != "folder":
-            classes = args.sensitive or DATASETS[args.dataset]["sensitive"]
-            normal = (~has_class(labels_u, parse_classes(args.dataset, classes))).float()
             line += f"   {1 - normal[kept].mean():20.4f}"
             line += f"   {normal[kept].sum() / normal.sum():18.4f}"
         say(line)
@@ -157,7 +160,8 @@ def main():
         some = [half[torch.randperm(len(half))[:64]] for half in halves]
         save_grids([data.train[index] for index in some], out_dir / "dropped.png")
     say(f"{out_dir / 'dropped.png'}: what --keep {1 - args.prior:.3g} drops, and what it keeps")
-    say(f"to use it: python train.py --algorithm unsupervised --scores {path} and these flags")
+    say(f"to use it: python train.py --algorithm unsupervised --scores {path}, with the "
+        f"same data flags")
 
 
 if __name__ == "__main__":

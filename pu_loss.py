@@ -18,7 +18,7 @@ The difference estimates a loss, which is never negative. A network that raises 
 make the estimate negative all the same, so it is corrected:
 
     abs     |difference|, as published (Hammoudeh & Lowd 2020, arXiv:2002.10261)
-    nn      where it is negative, minimise only minus the difference
+    nn      where it is negative, minimise only its negative
             (non-negative PU learning, Kiryo et al. 2017, arXiv:1703.00593, algorithm 1)
     none    no correction: unbiased, and free to diverge
 

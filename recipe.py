@@ -30,8 +30,8 @@ LARGER = dict(schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500, ma
               limit=3.0)
 # the paper's, section 5; steps follow from epochs
 PAPER = dict(model="paper", schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500,
-             max_steps=None, epochs=100, pu_start=0, limit=math.inf)
-FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs=20, pu_start=0)
+             max_steps=None, epochs=100, pu_start=0.0, limit=math.inf)
+FINE_TUNING = dict(model=None, lr=1e-4, warmup_steps=500, max_steps=None, epochs=20, pu_start=0.0)
 
 MAY_CHANGE = {"lr", "device", "compile", "grad_accum", "log_interval", "sample_interval",
               "max_steps", "data_dir", "scores", "out_dir", "resume"}    # on --resume
@@ -59,15 +59,15 @@ def train_flags(description: str) -> argparse.ArgumentParser:
     add("--correction", default="abs", choices=["abs", "nn", "none"],
         help="of a negative estimate of the normal loss (default: abs)")
     add("--limit", type=positive_or_inf,
-        help="l is capped at this multiple of its mean on U (default: 3; none where a new network "
-             "begins with the PU risk)")
+        help="l is capped at this multiple of its mean on U (default: 3; unused where a new "
+             "network begins with the PU risk)")
     add("--loss_prior", type=fraction, help="use another prior in the risk (default: --prior)")
     add("--scores", type=absolute, help="of pu_filter.py: leave out what scores high")
     add("--keep", type=fraction,
         help="with --scores: the fraction of U to keep (default: 0.9 (1 - loss_prior))")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=list(PRESETS), help="network (default: the data set's)")
+    add("--model", choices=PRESETS, help="network (default: the data set's)")
     add("--init_from", type=absolute_or_name,
         help="ckpt.pt, a diffusers folder, or a name on the hub")
     add("--schedule", choices=["linear", "cosine", "lognormal"],
@@ -79,7 +79,8 @@ def train_flags(description: str) -> argparse.ArgumentParser:
     add("--batch_size", type=positive, help="images a step, of U and S together")
     add("--grad_accum", type=positive, default=1,
         help="micro-batches a step, to save memory (default: 1)")
-    add("--max_steps", type=positive, help="optimizer steps (default: the model's)")
+    add("--max_steps", type=positive,
+        help="optimizer steps (default: the model's; by epochs with --recipe and --init_from)")
     add("--lr", type=positive_float, help="peak learning rate (default: the model's)")
     add("--warmup_steps", type=count, help="steps of linear warm-up")
     add("--grad_clip", type=positive_or_inf, default=1.0, help="largest gradient norm (default: 1)")
@@ -105,9 +106,8 @@ def parse(parser: argparse.ArgumentParser) -> tuple:
     contradict each other, or the run that is resumed."""
     args = parser.parse_args()
     if args.out_dir is None:
-        kind = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
-        prior = known_prior(args.dataset, args.prior)
-        words = [args.dataset, args.algorithm, f"{prior:.4g}", *kind]
+        words = [args.dataset, args.algorithm, f"{known_prior(args.dataset, args.prior):.4g}"]
+        words += [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
         args.out_dir = Path("out", "-".join(words))
     paths = [args.out_dir / name for name in ["ckpt.pt", "ckpt_prev.pt"]]
     exists = any(path.exists() for path in paths)
@@ -136,17 +136,18 @@ def parse(parser: argparse.ArgumentParser) -> tuple:
 
 
 def fill_in(args: argparse.Namespace, known: dict):
-    """Gives a value to the flags that have none, and sets args.epochs, passes over U or None.
+    """Gives a value to the flags that have none, and sets args.epochs, which is None or asks for
+    epochs |U| / batch_size steps.
     known: what a model to start from determines. Raises ValueError where a flag contradicts it."""
     for name, value in known.items():
         if getattr(args, name) not in (None, value):
             raise ValueError(f"--{name} {getattr(args, name)} is not what {args.init_from} was "
                              f"trained with, {value}")
     # the first that has a value wins
-    sources = [known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
-               DATASETS[args.dataset]]
-    network = args.model or ChainMap(*sources)["model"]
-    sources = ChainMap(*sources, TINY if network == "tiny" else LARGER)
+    sources = ChainMap(known, FINE_TUNING if args.init_from else {}, PAPER if args.recipe else {},
+                       DATASETS[args.dataset])
+    network = args.model or sources["model"]
+    sources.maps.append(TINY if network == "tiny" else LARGER)
     args.epochs = sources.get("epochs")
     for name, value in vars(args).items():
         if value is None:
@@ -197,7 +198,7 @@ ORDINARY = "the ordinary diffusion loss, E_U[l]"
 
 
 def formula(algorithm: str, prior: float, share_s: float, correction: str) -> str:
-    """What an algorithm minimises. The arguments are those of pu_loss and supervised_loss."""
+    """What an algorithm minimises. prior, correction: of pu_loss; share_s: of supervised_loss."""
     sensitive = "E_S[-log(1 - exp(-l))]"
     if algorithm == "pu":
         difference = f"E_U[l] - {prior:.4g} E_S[l]"
@@ -231,8 +232,8 @@ def in_words(args: argparse.Namespace, n_u: int, n_s: int, pu_start: int, loss_p
 # what changes with the steps
 
 def steps_before_pu(args: argparse.Namespace, s_passes_per_step: float) -> int:
-    """How many steps minimise E_U[l], before the PU risk begins. By default it has half of the
-    steps, or as many as pass MAX_PASSES times over S."""
+    """How many steps minimise E_U[l], before the PU risk begins. By default the risk has half of
+    the steps, but at most MAX_PASSES passes over S."""
     if args.algorithm != "pu":
         return 0
     if args.pu_start is None:
@@ -246,7 +247,7 @@ def steps_before_pu(args: argparse.Namespace, s_passes_per_step: float) -> int:
 def learning_rate(args: argparse.Namespace, step: int, pu_start: int) -> float:
     """step in [0, max_steps) -> (0, lr]. Linear warm-up over a quarter of the run at most, constant
     while U is learned, then a cosine down to 0. Without a first part, as for all baselines, the
-    cosine begins behind the warm-up."""
+    cosine begins after the warm-up."""
     warmup_steps = min(args.warmup_steps, args.max_steps // 4)
     warmup = min(1, (step + 1) / (warmup_steps + 1))
     start = max(pu_start, warmup_steps)    # of the cosine
@@ -257,7 +258,7 @@ def learning_rate(args: argparse.Namespace, step: int, pu_start: int) -> float:
 def averaging(args: argparse.Namespace, step: int, pu_start: int) -> float:
     """The decay of the moving average of the weights. The average spans at most half of the current
     part of the run; otherwise a short second part, or a short fine-tuning, would sample from the
-    model that it began with. It soon forgets random weights."""
+    model that it began with. The average soon forgets random weights."""
     part = pu_start if step < pu_start else args.max_steps - pu_start
     slow = min(args.ema_decay, max(0, 1 - 2 / part))
     if args.init_from:

@@ -247,6 +247,13 @@ def ratio(text: str) -> float:
     return float(numerator) / float(denominator or 1)
 
 
+def png(text: str) -> Path:
+    """A path for a picture, which must not replace another kind of file, such as a checkpoint."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .png")
+    return Path(text)
+
+
 def absolute(text: str) -> Path:
     """A path that still holds where a run is resumed from another folder."""
     return Path(os.path.realpath(text))

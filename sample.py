@@ -3,10 +3,11 @@ Images from a checkpoint of train.py: a grid to look at, or a folder of PNGs for
 
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 64 --grid samples.png
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 5000 --out_dir samples/
-    python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --save_diffusers cleaned/    # the model itself
+    python sample.py --ckpt out/cifar10-pu-0.09091-init_from/ckpt.pt --save_diffusers cleaned/
     torchrun --standalone --nproc_per_node=8 -- sample.py --ckpt out/big/ckpt.pt --out_dir samples/
 
-The same --seed, --n and --batch_size give the same images, on one GPU or on many.
+The same --seed, --n and --batch_size give the same images, on one GPU or on many. --save_diffusers
+writes the network itself, in the diffusers format.
 """
 import argparse
 import sys
@@ -77,7 +78,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python sample.py --ckpt CKPT [--flag value ...]")
     parser.add_argument("--ckpt", type=Path, required=True, help="the ckpt.pt of a training run")
-    parser.add_argument("--grid", type=Path, help="PNG of all images (default: samples.png)")
+    parser.add_argument("--grid", type=runtime.png,
+                        help="PNG of all images (default: samples.png, if nothing else is asked)")
     parser.add_argument("--out_dir", type=Path, help="folder for 00000.png, 00001.png, ...")
     parser.add_argument("--save_diffusers", type=Path, help="folder for the model itself")
     sampling_flags(parser, n=64)
@@ -88,8 +90,6 @@ def main():
         ckpt = files.read_checkpoint(args.ckpt)
         if args.out_dir:
             empty_png_folder(args.out_dir, "--out_dir")    # before any rank writes
-        if args.grid and args.grid.suffix.lower() != ".png":    # it could be the checkpoint's name
-            raise ValueError(f"--grid {args.grid} must end in .png")
         device = runtime.find_device(args.device)
         rank, world = runtime.ranks()
         model, diffusion = open_model(ckpt, device)
@@ -104,7 +104,8 @@ def main():
             images = draw(args, model, diffusion, args.out_dir)
             if args.grid and rank == 0:
                 save_grid(images, args.grid)
-            runtime.say(f"{args.n} images, by {args.sampler}: {args.grid or args.out_dir}")
+            places = " and ".join(str(path) for path in (args.grid, args.out_dir) if path)
+            runtime.say(f"{args.n} images, by {args.sampler}: {places}")
         if world > 1:
             dist.destroy_process_group()
 

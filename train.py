@@ -1,6 +1,6 @@
 """
-Train a diffusion model on unlabeled images, some of which must not be generated, and a few images
-that are labeled so.
+Train a diffusion model on unlabeled images, some of which must not be generated, and a few that are
+labeled sensitive.
 
     python train.py --dataset mnist --prior 0.5                        # half of the digits are odd
     python train.py --dataset mnist --prior 0.5 --resume               # go on after an interruption
@@ -217,7 +217,7 @@ def draw_batch(composition):
     return batch | dict(t=torch.cat([t, t[:n_s]]), eps=torch.cat([eps, eps[:n_s]]))
 
 def read_images(index):
-    """Their numbers [B] -> x_0 [B, C, H, W] in [-1, 1], on the device"""
+    """Rows of `images` [B] -> x_0 [B, C, H, W] in [-1, 1], on the device"""
     return to_float(images[index].to(device)).contiguous(memory_format=torch.channels_last)
 
 def typical_losses():
@@ -241,15 +241,16 @@ def accumulate_gradients(batch, composition, negative=None):
     -> {name: mean over the micro-batches} for the log
     """
     means = {}
-    for first in range(rank, micro_batches, world):
+    for number in range(rank, micro_batches, world):
         micro_batch = {}
         for name, x in batch.items():
-            micro_batch[name] = torch.cat([of[first::micro_batches] for of in x.split(composition)])
+            parts = x.split(composition)
+            micro_batch[name] = torch.cat([part[number::micro_batches] for part in parts])
         x_0, t = read_images(micro_batch["index"]), micro_batch["t"]
         if args.hflip:
             x_0 = torch.where(micro_batch["mirrored"], x_0.flip(3), x_0)
         eps = micro_batch["eps"].contiguous(memory_format=torch.channels_last)
-        net.require_backward_grad_sync = first + world >= micro_batches    # for DDP: after the last
+        net.require_backward_grad_sync = number + world >= micro_batches    # DDP: after the last
         loss = per_image_loss(x_0, t, eps)    # [B]
         capped = loss if typical is None else limited(loss, t, typical, args.limit)
         split_sizes = [n // micro_batches for n in composition]
@@ -343,9 +344,9 @@ with exit_status(parser, user_errors=False):
             elapsed = time.time() - start
             speed = (step - first_step) * args.batch_size / elapsed
             left = round(elapsed / (step - first_step) * (args.max_steps - step))
-            of_s = f"l_S {row['loss_s']:.3f}  " if "loss_s" in row else ""
+            text_s = f"l_S {row['loss_s']:.3f}  " if "loss_s" in row else ""
             say(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  l_U {row['loss_u']:.3f}  "
-                f"{of_s}lr {lr:.2e}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left")
+                f"{text_s}lr {lr:.2e}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left")
             if rank == 0:
                 row |= dict(step=step, lr=lr, images_per_second=round(speed, 1))
                 write_row(row | dict(seconds=round(seconds + elapsed, 1)))

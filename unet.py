@@ -91,7 +91,7 @@ def timestep_embedding(t, dim: int, freq_shift: int = 1, flip_sin_to_cos: bool =
 
 
 def zero_init(layer):
-    """Makes a layer output zero at first, so that its residual block starts as the identity."""
+    """Makes a layer output zero at first, so that what it is added to starts unchanged."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -33,8 +33,8 @@ def test_every_figure_is_there(bench):
     flops_per_second = bench["train_flops_per_image"] * bench["train_images_per_second"]
     assert bench["share_of_peak"] == pytest.approx(flops_per_second / bench["matmul_flops"])
     assert bench["sample_images_per_second"] > 0
-    assert bench["memory_bytes"] > 2 ** 20 and "rival" not in bench
-    for words in ["training", "images/s", "sampling", "in 2 steps", "memory", "not compiled",
+    assert bench["memory_bytes"] is None and "rival" not in bench    # it is for GPUs
+    for words in ["training", "images/s", "sampling", "in 2 steps", "not compiled",
                   "of a matrix multiplication's"]:
         assert words in printed
 

@@ -270,7 +270,7 @@ def test_images_stay_in_range_whatever_the_network_outputs(sampler):
 
 
 def test_bad_wishes_are_refused():
-    with pytest.raises(ValueError, match="'euler'.*ddpm, ddim or dpm"):
+    with pytest.raises(ValueError, match="'euler'.*ddpm, ddim, dpm"):
         diffusion.sample(oracle, (1, 1), 10, "euler")
     with pytest.raises(ValueError, match="eta must be 0 to 1, not 2"):
         diffusion.sample(oracle, (1, 1), 10, "ddim", eta=2)

@@ -231,8 +231,8 @@ def test_a_checkpoint_and_the_images_sampled_from_it_are_judged_alike(small_run,
     assert figures["sensitive"] == [1, 3, 5, 7, 9] and figures["n"] == 9
     assert figures.keys() == set(
         "dataset sensitive algorithm prior n_labeled model init_from dtype loss_prior train_seed "
-        "train_steps train_seconds n sampler steps seed rate rate_low rate_high fid fid_floor "
-        "classes classifier_accuracy false_alarms misses".split())
+        "train_steps train_seconds n sampler steps sampling_dtype seed rate rate_low rate_high fid "
+        "fid_floor classes classifier_accuracy false_alarms misses".split())
     run("sample.py", "--ckpt", ckpt, *flags, "--device", "cpu", "--out_dir", tmp_path / "pngs")
     same, _ = figures_of("--images", tmp_path / "pngs", "--seed", 5, "--out_dir", tmp_path)
     for key in ["rate", "rate_low", "fid", "fid_floor", "classes"]:

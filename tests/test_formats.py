@@ -283,6 +283,9 @@ def test_decode_reads_every_kind_the_right_way_round(tmp_path):
             assert image.shape == (channels, 20, 20) and image.dtype == np.uint8
             inside = image[:, :, 1:-1]    # resizing sees a little of what was cropped away
             assert inside[:, :9].min() > 240 and inside[:, 11:].max() < 15, path.name
+    Image.fromarray(truth / np.float32(255)).save(tmp_path / "float.tiff")    # not black: refused
+    with pytest.raises(ValueError):
+        decode(tmp_path / "float.tiff", 20, 1)
 
 
 @pytest.mark.parametrize("orientation", range(10))

@@ -65,9 +65,10 @@ def test_numbers_stand_above_the_images(channels, size):
     assert (dark >= 15).all() and (dark < 300).all()
 
 
-def test_a_folder_with_pngs_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["0.png", "0.PNG"])
+def test_a_folder_with_pngs_is_refused(tmp_path, name):
     empty_png_folder(tmp_path / "a" / "b", "--out_dir")
-    (tmp_path / "a" / "b" / "0.png").touch()
+    (tmp_path / "a" / "b" / name).touch()
     with pytest.raises(ValueError, match="--out_dir .* already holds PNGs.*name an empty folder"):
         empty_png_folder(tmp_path / "a" / "b", "--out_dir")
 

@@ -498,7 +498,7 @@ def test_a_damaged_log_loses_no_whole_row(small_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(small_run[0], folder)
     whole = (folder / "log.csv").read_bytes()
-    (folder / "log.csv").write_bytes(whole + b"4\xff,2\n40,1.5,3")
+    (folder / "log.csv").write_bytes(whole + b"4\xff,2\n" + bytes(200_000) + b"\n40,1.5,3")
     run("train.py", "--out_dir", folder, "--resume")
     assert (folder / "log.csv").read_bytes() == whole
 
