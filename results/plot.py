@@ -32,8 +32,8 @@ COLORS = {"unsupervised": "0.6", "supervised": "tab:brown", "PU": "tab:blue",
 
 
 def draw_methods(path: Path):
-    """A bar for each method: the mean over the seeds, which are dots. Rate above, FID below.
-    Dashed: real normal images."""
+    """The means of the methods over their seeds, which are dots: bars for the rate, lines for the
+    FID, whose axis is logarithmic and has no zero. Dashed: real normal images."""
     figure, rows = plt.subplots(2, len(CASES), figsize=(4 * len(CASES), 5.5), squeeze=False,
                                 sharex=True, sharey="row", layout="constrained")
     for title, (above, below) in zip(CASES, rows.T):
@@ -42,12 +42,17 @@ def draw_methods(path: Path):
         for axes, key, digits in [(above, "rate", 2), (below, "fid", 1)]:
             for place, name in enumerate(METHODS):
                 values = [result[key] for result in found.get(name, [])]
-                if values:
-                    mean = sum(values) / len(values)
-                    axes.bar(place, mean, color=COLORS.get(name, "tab:red"))
-                    axes.plot([place] * len(values), values, "o", color="black", markersize=4)
-                    axes.annotate(f"{mean:.{digits}f}", (place, max(values)), (0, 5),
-                                  textcoords="offset points", ha="center", fontsize=12)
+                if not values:
+                    continue
+                mean, color = sum(values) / len(values), COLORS.get(name, "tab:red")
+                if key == "rate":
+                    axes.bar(place, mean, color=color)
+                else:
+                    axes.hlines(mean, place - 0.4, place + 0.4, color=color, linewidth=4)
+                axes.plot([place] * len(values), values, "o", color="black", markersize=4)
+                top = 1 if key == "rate" else max(values)
+                axes.annotate(f"{mean:.{digits}f}", (place, top), (0, 5), ha="center", fontsize=12,
+                              textcoords="offset points")
             if found:
                 axes.axhline(real(found)[key], color="0.5", linestyle="--", linewidth=1, zorder=0)
         below.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right", fontsize=12)
@@ -84,8 +89,9 @@ def draw_curves(path: Path):
         for number, (line, points) in enumerate(lines.items()):
             points = sorted(points, key=lambda point: point[0])
             for axes, key in [(above, "rate"), (below, "fid")]:
-                axes.plot(*zip(*[(x, result[key]) for x, result in points]), label=line, marker="o",
-                          color=COLORS["PU"], linestyle=["-", "--", ":"][number])
+                axes.plot(*zip(*[(x, result[key]) for x, result in points]), label=line,
+                          color=COLORS.get(line, COLORS["PU"]), marker="os^"[number],
+                          linestyle=["-", "--", ":"][number])
                 axes.grid(alpha=0.4)
         below.set_xlabel(label, fontsize=13)
         if "begins" not in label:
@@ -106,7 +112,7 @@ def draw_curves(path: Path):
 def draw_log(log: Path, path: Path):
     """l on U and on S and the risk over the steps. The PU risk begins where S appears.
     Raises OSError where the log cannot be read, or has no rows."""
-    with log.open(newline="") as file:
+    with log.open(newline="", errors="replace") as file:
         rows = list(csv.DictReader(file))
     if not rows or "loss_u" not in rows[0]:
         raise OSError(f"{log} has no rows of train.py")

@@ -192,12 +192,13 @@ def make(jobs: int):
 # -----------------------------------------------------------------------------
 # the tables
 
+def read_lines(path: Path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def read_results(path: Path) -> dict:
     """-> {(flags of train.py, of evaluate.py): result} of what was evaluated."""
-    if not path.exists():
-        return {}
-    results = [json.loads(line) for line in path.read_text().splitlines()]
-    return {(result["flags"], result["evaluate_flags"]): result for result in results}
+    return {(result["flags"], result["evaluate_flags"]): result for result in read_lines(path)}
 
 
 def best_results(runs) -> dict:
@@ -249,7 +250,8 @@ def markdown() -> dict:
         rows = [[method, *[mean(found.get(method, [])) for found in cases.values()]]
                 for method in METHODS]
         rows.append(["real normal images", *[mean([real(found)]) for found in cases.values()]])
-        tables["means"] = table(["rate, FID", *cases], rows)
+        heads = [f"{title}, {CASES[title][1]:,} steps" for title in cases]
+        tables["means"] = table(["rate, FID", *heads], rows)
     for title, found in cases.items():
         data, steps = CASES[title]
         rows = [[f"{method} `{METHODS[method]}`".replace(" ``", ""), *figures(results)]
@@ -271,31 +273,32 @@ def markdown() -> dict:
     return tables | other_tables()
 
 
-def lines_of(name: str) -> list:
-    path = ROOT / "results" / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def other_tables() -> dict:
     """-> the tables of second_judge.py, bench.py and library_loop.py"""
-    tables = {}
-    rows = [[r["dataset"], r["images"], f"{r['rate']:.3f}", f"{r['rate_by_second']:.3f}",
-             f"{r['agreement']:.3f}"] for r in lines_of("judges.jsonl")]
+    tables, folder = {}, ROOT / "results"
+    judged = {(r["dataset"], r["images"]): r for r in read_lines(folder / "judges.jsonl")}
+    rows = [[*names, r["n"], f"{r['rate']:.3f}", f"{r['rate_by_second']:.3f}",
+             f"{r['agreement']:.3f}", r["sensitive_to_either"], r["sensitive_to_both"]]
+            for names, r in judged.items()]
     if rows:
-        tables["judges"] = table(["", "images", "rate by the judge", "by the second", "agreement"],
-                                 rows)
-    rows = [[r["machine"], r["model"], r.get("how", "compiled" if r["compile"] else "not compiled"),
-             *[f"{r[f'{what}_images_per_second']:.1f}" for what in ["train", "sample"]], r["steps"],
-             r.get("rival", ""),
-             *[f"{r[f'{what}_ratio']:.2f}" if "rival" in r else "" for what in ["train", "sample"]]]
-            for r in lines_of("speed.jsonl")]
+        tables["judges"] = table(["", "images", "n", "rate by the judge", "by the second",
+                                  "agreement", "sensitive to either", "to both"], rows)
+    rows = []
+    for r in read_lines(folder / "speed.jsonl"):
+        how = r.get("how", "compiled" if r["compile"] else "not compiled")
+        speeds = [r["train_images_per_second"], r["sample_images_per_second"]]
+        cells = [r["machine"], r["model"], how, r["batch_size"],
+                 *[f"{x:,.0f}" if x >= 10 else f"{x:.2f}" for x in speeds], r["steps"]]
+        if "rival" in r:
+            cells += [r["rival"], f"{r['train_ratio']:.2f}", f"{r['sample_ratio']:.2f}"]
+        rows.append(cells)
     if rows:
-        head = ["", "network", "", "training, images/s", "sampling, images/s", "steps",
+        head = ["", "network", "", "batch", "training, images/s", "sampling, images/s", "steps",
                 "diffusers has", "training, times", "sampling, times"]
         tables["speed"] = table(head, rows)
     loops = [("train.py", r) for r in map(read_results(FILES[0]).get, [
         (flags, "") for flags in CURVES["steps"].values()]) if r]
-    loops += [("library_loop.py", r) for r in lines_of("library.jsonl")]
+    loops += [("library_loop.py", r) for r in read_lines(folder / "library.jsonl")]
     rows = [[name, f"{r['train_seconds'] / 60:.0f}", r["train_steps"], r["n"], *figures([r])]
             for name, r in loops]
     if rows:

@@ -148,7 +148,9 @@ def test_it_draws_the_log_of_a_run(small_run, tmp_path, monkeypatch):
     with Image.open(tmp_path / "log.png") as image:
         assert image.width > 500
     (tmp_path / "empty.csv").touch()
-    refused(1, "has no rows of train.py", "results/plot.py", tmp_path / "empty.csv")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\n\x80")
+    for name in ["empty.csv", "binary.csv"]:
+        refused(1, "has no rows of train.py", "results/plot.py", tmp_path / name)
     plot = runpy.run_path(str(ROOT / "results" / "plot.py"))
     for draw in ["draw_methods", "draw_curves"]:
         plot[draw](tmp_path / "plot.png")
@@ -165,12 +167,13 @@ def test_the_second_judge_sees_patches_and_what_both_say_is_counted():
     model = second["Transformer"](image_channels=1, image_size=8, n_classes=3).eval()
     x = torch.rand(2, 1, 8, 8)
     with torch.no_grad():
-        logits = model(x)
+        logits, _ = model(x)
         model.position.zero_()
-        assert not torch.allclose(model(x), logits)    # it knew where a patch lies
-        swapped = torch.cat([x[..., 4:], x[..., :4]], dim=-1)
-        assert torch.allclose(model(swapped), model(x), atol=1e-5)    # whole patches of 4x4
+        unplaced, _ = model(x)
+        assert not torch.allclose(unplaced, logits)    # it knew where a patch lies
+        swapped, _ = model(torch.cat([x[..., 4:], x[..., :4]], dim=-1))
+        assert torch.allclose(swapped, unplaced, atol=1e-5)    # whole patches of 4x4
     first, other = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 2, 0, 1])
     row = second["compare"]("samples", first, other, sensitive=[2])
     assert row == {"images": "samples", "n": 4, "rate": 0.5, "rate_by_second": 0.75,
-                   "agreement": 0.25}
+                   "agreement": 0.25, "sensitive_to_either": 3, "sensitive_to_both": 0}
