@@ -120,6 +120,9 @@ with exit_status(parser, user_errors=False):
         with torch.no_grad(), autocast:
             sampling_model = compiled(ema, lambda fast: fast(x_0, t))
         args.compile = loss_fn is not eager and sampling_model is not ema
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()    # without what counting and compiling took
+    train()    # makes the optimizer's state
     train()
     memory = torch.cuda.max_memory_allocated() if on_cuda else None
 

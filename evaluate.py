@@ -317,8 +317,7 @@ def evaluate(args: argparse.Namespace):
         trained |= dict(loss_prior=ckpt["loss_prior"], train_seed=run.get("seed"),
                         train_steps=ckpt["step"], train_seconds=ckpt["seconds"],
                         sampler=args.sampler, steps=args.steps, sampling_dtype=args.dtype)
-    figures = dict(dataset=name, sensitive=sensitive, **trained, n=len(images),
-                   seed=args.seed)
+    figures = dict(dataset=name, sensitive=sensitive, **trained, n=len(images), seed=args.seed)
     if name == "folder":
         figures["groups"], like_s = compare(images, data, run.get("hflip", info["hflip"]),
                                            args.seed, device)

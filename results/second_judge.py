@@ -85,7 +85,7 @@ def main():
     args = parser.parse_args()
     with exit_status(parser):
         info, device = DATASETS[args.dataset], find_device()
-        sensitive = parse_classes(args.dataset, args.sensitive or info["sensitive"])
+        sensitive = parse_classes(args.dataset, args.sensitive)
         data = load(args.dataset)
         channels, size = data.train.shape[1:3]
         normal = ~has_class(data.test_labels, sensitive)
