@@ -5,10 +5,10 @@ as Markdown.
     python results/table.py --print     # only print
     python results/table.py --jobs 2    # two runs at a time
 
-Results go to results/gpu.jsonl where there is a GPU, else to results/cpu.jsonl. A case or a curve
-is printed from the file that holds more of its runs. An interrupted run goes on from its
-checkpoint. To evaluate a run again, delete its line; to train it again, delete its folder in
-out/table/ as well.
+Results go to results/gpu.jsonl where there is a GPU, else to results/cpu.jsonl. A seed of a case,
+or a curve, is printed from the file that holds more of its runs, never from both. An interrupted
+run goes on from its checkpoint. To evaluate a run again, delete its line; to train it again, delete
+its folder in out/table/ as well.
 
 For a comparison of your own, empty both files, and delete what you do not want from SEEDS, CASES,
 METHODS, CURVES and SAMPLERS. A case needs class labels, for the judge and the oracle: not a folder.
@@ -229,11 +229,14 @@ def table(head: list, rows: list) -> str:
 
 
 def evaluated(title: str) -> dict:
-    """-> {method: results of its seeds} of a case"""
-    known = best_results((run, "") for run in COMPARISONS[title].values())
-    found = {method: [known[run, ""] for run in seeds_of(title, method) if (run, "") in known]
-             for method in METHODS}
-    return {method: results for method, results in found.items() if results}
+    """-> {method: results of its seeds} of a case. All methods of a seed are of one machine."""
+    found = {}
+    for runs in zip(*(seeds_of(title, method) for method in METHODS)):
+        known = best_results((run, "") for run in runs)
+        for method, run in zip(METHODS, runs):
+            if (run, "") in known:
+                found.setdefault(method, []).append(known[run, ""])
+    return found
 
 
 def real(found: dict) -> dict:
