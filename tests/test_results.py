@@ -137,6 +137,21 @@ def test_it_trains_what_is_missing_and_goes_on_after_a_failure(table, tmp_path):
     assert printed.count("| 0.900, 4.00 | 0.900, 4.00 | 0.900, 4.00 |") == 6
 
 
+def test_all_methods_of_a_seed_are_printed_from_one_machine(table, tmp_path):
+    script = tmp_path / "results" / "table.py"
+    script.parent.mkdir()
+    shutil.copy(RESULTS / "table.py", script)
+    title = "MNIST, 1 in 11 of U is odd"
+    for name, rate, rows in [("gpu", 0.75, ["PU, seed 0", "oracle, seed 0", "oracle, seed 1"]),
+                             ("cpu", 0.25, ["PU, seed 0", "PU, seed 1", "supervised, seed 1"])]:
+        lines = [json.dumps(dict(flags=table["COMPARISONS"][title][row], evaluate_flags="",
+                                 rate=rate, fid=4, false_alarms=0, fid_floor=0.2)) for row in rows]
+        script.with_name(f"{name}.jsonl").write_text("\n".join(lines))
+    found = {line.split("|")[1].split("`")[0].strip(): line.split("|")[2].strip()
+             for line in run(script, "--print").stdout.splitlines() if line.count("|") == 5}
+    assert (found["PU"], found["oracle"], found["supervised"]) == ("0.750, 0.250", "0.750", "0.250")
+
+
 # -----------------------------------------------------------------------------
 # results/plot.py
 
