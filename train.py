@@ -44,6 +44,7 @@ rank, world = runtime.ranks()
 autocast = runtime.set_precision(args, device)
 if device.type == "cuda":
     torch.set_float32_matmul_precision("high")    # TF32
+torch.set_flush_denormal(True)    # the supervised risk has gradients below 1e-38, slow on a CPU
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
