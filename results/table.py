@@ -229,7 +229,7 @@ def table(head: list, rows: list) -> str:
 
 
 def evaluated(title: str) -> dict:
-    """-> {method: results of its seeds} of a case. All methods of a seed are of one machine."""
+    """-> {method: results of its seeds} of a case. All of a seed are from one machine."""
     found = {}
     for runs in zip(*(seeds_of(title, method) for method in METHODS)):
         known = best_results((run, "") for run in runs)

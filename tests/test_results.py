@@ -106,11 +106,15 @@ print(json.dumps(dict(rate=0.9, rate_low=0.89, rate_high=0.91, fid=4, fid_floor=
 """
 
 
-def test_it_trains_what_is_missing_and_goes_on_after_a_failure(table, tmp_path):
+@pytest.fixture
+def script(tmp_path):
+    """A copy of table.py, with results of its own."""
+    (tmp_path / "results").mkdir()
+    return shutil.copy(RESULTS / "table.py", tmp_path / "results" / "table.py")
+
+
+def test_it_trains_what_is_missing_and_goes_on_after_a_failure(table, script, tmp_path):
     """With small scripts in the place of the real ones; three runs at a time, then one."""
-    script = tmp_path / "results" / "table.py"
-    script.parent.mkdir()
-    shutil.copy(RESULTS / "table.py", script)
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "evaluate.py").write_text(EVALUATE)
     (tmp_path / "pu_filter.py").write_text(FILTER)
@@ -137,10 +141,7 @@ def test_it_trains_what_is_missing_and_goes_on_after_a_failure(table, tmp_path):
     assert printed.count("| 0.900, 4.00 | 0.900, 4.00 | 0.900, 4.00 |") == 6
 
 
-def test_all_methods_of_a_seed_are_printed_from_one_machine(table, tmp_path):
-    script = tmp_path / "results" / "table.py"
-    script.parent.mkdir()
-    shutil.copy(RESULTS / "table.py", script)
+def test_all_methods_of_a_seed_are_printed_from_one_machine(table, script):
     title = "MNIST, 1 in 11 of U is odd"
     for name, rate, rows in [("gpu", 0.75, ["PU, seed 0", "oracle, seed 0", "oracle, seed 1"]),
                              ("cpu", 0.25, ["PU, seed 0", "PU, seed 1", "supervised, seed 1"])]:
