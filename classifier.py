@@ -6,7 +6,7 @@ A small convolutional classifier and its training, for the judge, the filter, an
     logits, features = predict(model, images.split(500))        # images [N, C, H, W] uint8
 
 All published figures come from the judge in evaluate.py. If you change its layers or training,
-raise JUDGE_VERSION there. The filter is in pu_filter.py.
+raise JUDGE_VERSION there.
 """
 import sys
 import time
@@ -20,12 +20,11 @@ from images import to_float
 
 class Classifier(nn.Module):
     """Convolutions that halve the resolution until it is at most 4, then 128 features and logits.
-
     Batch normalization before each ReLU gives every feature a variance near 1, so that distances
     between features do not depend on the scale of the weights."""
 
     def __init__(self, image_channels: int, image_size: int, n_outputs: int, strided: bool = False):
-        """image_size: in pixels; larger images than 64x64 are averaged down to 64x64.
+        """image_size: in pixels; images larger than 64x64 are averaged down to 64x64.
         strided: the filter's layers, twice as fast. The first convolution has a stride of 2, and
         max-pooling comes before normalization instead of after ReLU."""
         super().__init__()
@@ -55,24 +54,22 @@ class Classifier(nn.Module):
 def train_classifier(model: Classifier, batch_loss, steps: int, lr: float,
                      name: str = "classifier") -> Classifier:
     """Trains by AdamW and one cycle of the learning rate, and shows the progress on stderr.
-
     batch_loss: step in [0, steps) -> the loss of its batch, a scalar. lr: the peak learning rate.
-    name: what stands before the progress. Returns the model, frozen, in eval mode."""
+    name: what stands before the progress. -> the model, frozen, in eval mode"""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     model.train()
-    start = time.time()
-    for step in range(steps):
-        loss = batch_loss(step)
+    start = time.monotonic()
+    for step in range(1, steps + 1):
+        loss = batch_loss(step - 1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        done = step + 1
-        if done % 50 == 0 or done == steps:
-            left = (time.time() - start) / done * (steps - done)
-            print(f"\r{name}: step {done}/{steps}, {left:.0f} seconds left ",
-                  end="\n" if done == steps else "", file=sys.stderr, flush=True)
+        if step % 50 == 0 or step == steps:
+            left = (time.monotonic() - start) / step * (steps - step)
+            print(f"\r{name}: step {step}/{steps}, {left:.0f} seconds left ",
+                  end="\n" if step == steps else "", file=sys.stderr, flush=True)
     return model.eval().requires_grad_(False)
 
 
@@ -81,12 +78,8 @@ def predict(model: Classifier, batches) -> tuple:
     """batches: an iterable of images [B, C, H, W] uint8
     -> logits [N, n_outputs] and features [N, 128] of all of them, float32 on the CPU"""
     device = next(model.parameters()).device
-    logits, features = [], []
-    for batch in batches:
-        batch_logits, batch_features = model(to_float(batch.to(device)))
-        logits.append(batch_logits.cpu())
-        features.append(batch_features.cpu())
-    return torch.cat(logits), torch.cat(features)
+    logits, features = zip(*(model(to_float(batch.to(device))) for batch in batches))
+    return torch.cat(logits).cpu(), torch.cat(features).cpu()
 
 
 # -----------------------------------------------------------------------------
@@ -106,27 +99,27 @@ def distort(x: torch.Tensor, hflip: bool) -> torch.Tensor:
     cos, sin, scale = (0.3 * angle).cos(), (0.3 * angle).sin(), 1 + 0.15 * scale
     row_x = torch.stack([sign * scale * cos, 0.2 * shear - sin, 0.15 * right], dim=1)
     row_y = torch.stack([sin, scale * cos, 0.15 * down], dim=1)
-    matrices = torch.stack([row_x, row_y], dim=1)    # [B, 2, 3]
-    where = F.affine_grid(matrices, x.shape, align_corners=False)
+    where = F.affine_grid(torch.stack([row_x, row_y], dim=1), x.shape, align_corners=False)
     return F.grid_sample(x + 1, where, align_corners=False) - 1
 
 
 def fit(images: torch.Tensor, normal: torch.Tensor, sensitive: torch.Tensor, loss_fn, hflip: bool,
         steps: int, device: torch.device, name: str) -> Classifier:
-    """images [N, C, H, W] uint8; normal, sensitive: indices of the two classes in it, 64 of each a
-    step; loss_fn(z_n, z_s): of their logits -> the trained network, with one logit"""
+    """Trains on 64 random images of each class per step -> the network, with one logit.
+    images [N, C, H, W] uint8; normal, sensitive: indices of the two classes in it; hflip: mirror
+    at random; loss_fn(z_n, z_s): of their logits, [64] each -> scalar"""
     model = Classifier(*images.shape[1:3], n_outputs=1, strided=True)
     model = model.to(device, memory_format=torch.channels_last)
 
     def batch_loss(step):
-        index = torch.cat([some[torch.randint(len(some), (64,))] for some in (normal, sensitive)])
-        logits, _ = model(distort(to_float(images[index].to(device)), hflip))
+        batch = torch.cat([ids[torch.randint(len(ids), (64,))] for ids in (normal, sensitive)])
+        logits, _ = model(distort(to_float(images[batch].to(device)), hflip))
         return loss_fn(*logits[:, 0].split(64))
 
     return train_classifier(model, batch_loss, steps, lr=3e-3, name=name)
 
 
-def score(model: Classifier, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """-> the logits of "sensitive" of images[index], float32 on the CPU"""
-    logits, _ = predict(model, (images[some] for some in index.split(500)))
+def sensitive_logits(model: Classifier, images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """-> the logits of "sensitive" of images[index], [len(index)] float32 on the CPU"""
+    logits, _ = predict(model, (images[batch] for batch in index.split(500)))
     return logits[:, 0]

@@ -1,7 +1,7 @@
 """
 The Gaussian diffusion: how images become noise, and how a network learns the way back.
 
-    diffusion = GaussianDiffusion(T=1000, schedule="linear").to(device)
+    diffusion = GaussianDiffusion("linear", "eps").to(device)
     loss = diffusion.per_image_loss(model, x_0)                 # [B, C, H, W] in [-1, 1] -> [B]
     x_0 = diffusion.sample(model, (64, 1, 28, 28), steps=20)    # -> [64, 1, 28, 28] in [-1, 1]
 
@@ -15,44 +15,45 @@ import sys
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # default eta: the share of fresh noise
 
 
-def betas(schedule: str, T: int) -> torch.Tensor:
-    """The variance of the noise that each timestep adds -> [T] in (0, 1), float64.
-    "linear": from 1e-4 to 0.02 (DDPM, section 4). "cosine": alpha_bar is the square of a cosine
-    (Nichol & Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2); EDM uses N(2.4, 2.4^2),
-    which is less noisy (table 1). Raises ValueError for another schedule."""
+def noise_schedule(name: str, T: int) -> torch.Tensor:
+    """-> alpha_bar [T], float64, falling from nearly 1 to nearly 0.
+    "linear": betas from 1e-4 to 0.02 (DDPM, section 4). "cosine": the square of a cosine (Nichol &
+    Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2); EDM uses N(2.4, 2.4^2), which is less
+    noisy (table 1). Raises ValueError for another name."""
     t = torch.arange(T + 1, dtype=torch.float64)
-    if schedule == "linear":
-        return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    if schedule == "cosine":
+    if name == "linear":
+        return (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
+    if name == "cosine":
         f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    if schedule == "lognormal":
-        quantiles = torch.special.ndtri((t[:-1] + 0.5) / T)
-        alpha_bar = torch.sigmoid(-0.5 - 2 * quantiles)
-        return 1 - alpha_bar / F.pad(alpha_bar[:-1], (1, 0), value=1)
-    raise ValueError(f"unknown schedule {schedule!r}: choose linear, cosine or lognormal")
+        return (f[1:] / f[:-1]).clamp(min=0.001).cumprod(0)
+    if name == "lognormal":
+        return torch.sigmoid(-0.5 - 2 * torch.special.ndtri((t[:-1] + 0.5) / T))
+    raise ValueError(f"unknown schedule {name!r}: choose linear, cosine or lognormal")
 
 
 class GaussianDiffusion(nn.Module):
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), t = 0 ... T-1, and its reverse.
     A module without parameters, so that .to(device) moves its tables."""
 
-    def __init__(self, T: int = 1000, schedule: str = "linear", prediction: str = "eps"):
-        """prediction: what the network outputs, "eps" or "v", which is
+    def __init__(self, schedule="linear", prediction: str = "eps", T: int = 1000):
+        """schedule: a name that noise_schedule knows, or alpha_bar itself [T].
+        prediction: what the network outputs, "eps" or "v", which is
         sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, section 4). Where x_t is
         nearly all noise, v is about -x_0, but eps is about x_t: to be right about x_0, a network
         for eps must copy its input very precisely.
-        Raises ValueError for another prediction, or for a schedule that `betas` does not know."""
+        Raises ValueError for another schedule or prediction."""
         super().__init__()
         if prediction not in ("eps", "v"):
             raise ValueError(f"unknown prediction {prediction!r}: choose eps or v")
-        self.T, self.schedule, self.prediction = T, schedule, prediction
-        alpha_bar = (1 - betas(schedule, T)).cumprod(0)
+        if isinstance(schedule, str):
+            alpha_bar = noise_schedule(schedule, T)
+        else:    # zero terminal SNR (arXiv:2305.08891) ends at 0: nearly 0 divides nothing by 0
+            alpha_bar = schedule.detach().double().cpu().clamp(min=2 ** -40)
+        self.T, self.prediction = len(alpha_bar), prediction
         self.alpha_bar = alpha_bar.tolist()    # float64, for the sampler
         self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)
@@ -67,17 +68,19 @@ class GaussianDiffusion(nn.Module):
         signal, noise = self.signal_and_noise(t, x_0)
         return signal * x_0 + noise * eps
 
-    def per_image_loss(self, model, x_0: torch.Tensor, t=None, eps=None) -> torch.Tensor:
+    def per_image_loss(self, model, x_0: torch.Tensor, t=None, eps=None,
+                       **condition) -> torch.Tensor:
         """l(x_0) = ||eps - model(x_t, t)||^2, the sum over pixels: one sample of the simplified
         negative ELBO (DDPM, eq. 14, which has the mean over images). For networks that predict v,
         ||v - model(x_t, t)||^2, which is the same divided by alpha_bar_t.
         x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast. Where they are not given,
-        t [B] is drawn uniformly from [0, T), and eps, like x_0, from N(0, I)."""
+        t [B] is drawn uniformly from [0, T), and eps, like x_0, from N(0, I).
+        condition: more arguments of the network, such as labels=[B]."""
         if t is None:
             t = torch.randint(self.T, (len(x_0),), device=x_0.device)
         if eps is None:
             eps = torch.randn_like(x_0)
-        output = model(self.q_sample(x_0, t, eps), t).float()
+        output = model(self.q_sample(x_0, t, eps), t, **condition).float()
         target = eps.float()
         if self.prediction == "v":
             signal, noise = self.signal_and_noise(t, x_0)
@@ -101,7 +104,8 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, model, shape: tuple, steps: int = 20, sampler: str = "dpm++",
-               eta: float = None, generator=None, progress: bool = False) -> torch.Tensor:
+               eta: float = None, generator=None, progress: bool = False,
+               **condition) -> torch.Tensor:
         """Noise -> images of the given shape [N, C, H, W], in [-1, 1], in `steps` network calls.
 
         "ddim": DDIM, eq. 12; deterministic at eta = 0, its default. "ddpm": ancestral sampling
@@ -111,6 +115,7 @@ class GaussianDiffusion(nn.Module):
         All clip predictions of x_0 to [-1, 1].
 
         generator: a torch.Generator, the source of all noise. progress: counts steps on stderr.
+        condition: more arguments of the network, such as labels=[N].
         Raises ValueError for another sampler, steps outside 1 ... T, or eta outside [0, 1]."""
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -129,7 +134,7 @@ class GaussianDiffusion(nn.Module):
             alpha_bar_t = self.alpha_bar[t]
             alpha_bar_next = self.alpha_bar[t_next] if t_next >= 0 else 1.0
             signal, noise = alpha_bar_t ** 0.5, (1 - alpha_bar_t) ** 0.5
-            output = model(x, torch.full((shape[0],), t, device=device)).float()
+            output = model(x, torch.full((shape[0],), t, device=device), **condition).float()
             if self.prediction == "v":
                 x_0 = signal * x - noise * output
             else:

@@ -2,7 +2,7 @@
 Images on their way in and out: uint8 and [-1, 1], PNG files, grids.
 """
 import math
-from functools import partial
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
-
-from files import write_whole
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -26,26 +24,21 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 def picture(image: torch.Tensor) -> Image.Image:
     """An image, uint8 [C, H, W] with 1 or 3 channels -> Pillow's form of it."""
-    pixels = rearrange(image.cpu(), "c h w -> h w c").numpy()    # einops by torch: no recompiling
-    if pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]    # Pillow's form of a grey image
-    return Image.fromarray(pixels)
+    pixels = rearrange(image.cpu(), "c h w -> h w c").numpy()
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 
 
-def save_png(image: torch.Tensor, path: Path, sync: bool = True):
-    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as PNG whatever the path's suffix.
-    sync: see files.write_whole"""
-    write_whole(path, partial(picture(image).save, format="PNG"), sync=sync)
+def save_png(image: torch.Tensor, path: Path):
+    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as a PNG file, whole or not at all."""
+    part = path.with_name(f"{path.name}.tmp")
+    picture(image).save(part, format="PNG")
+    os.replace(part, path)
 
 
-def empty_png_folder(folder: Path, flag: str):
-    """Makes a folder for PNG files.
-
-    Raises ValueError, which names the flag, if it holds some already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(path.suffix.lower() == ".png" for path in folder.iterdir()):
-        raise ValueError(f"{flag} {folder} already holds PNGs, which would mix with these: "
-                         f"name an empty folder")
+def load_png(path: Path) -> torch.Tensor:
+    """Reads what save_png wrote -> uint8 [C, H, W]."""
+    with Image.open(path, formats=["PNG"]) as image:
+        return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
 
 
 def grid(images: torch.Tensor) -> torch.Tensor:
@@ -60,17 +53,11 @@ def grid(images: torch.Tensor) -> torch.Tensor:
     return rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", r=rows)[:, :-1, :-1]
 
 
-def save_grid(images: torch.Tensor, path: Path):
-    """Writes a grid of images, uint8 [N, C, H, W], as PNG."""
-    save_png(grid(images), path)
-
-
-def save_grids(groups: list, path: Path):
-    """Writes a grid of each group of images, uint8 [N, C, H, W], side by side, as one PNG."""
-    grids = [grid(images) for images in groups]
-    height = max(image.shape[1] for image in grids)
-    padded = [F.pad(image, (0, 12, 0, height - image.shape[1]), value=255) for image in grids]
-    save_png(torch.cat(padded, dim=2)[:, :, :-12], path)
+def side_by_side(images: list) -> torch.Tensor:
+    """Images uint8 [C, H_i, W_i] -> one image, uint8 [C, max H_i, ...], with white between them."""
+    height = max(image.shape[1] for image in images)
+    padded = [F.pad(image, (0, 12, 0, height - image.shape[1]), value=255) for image in images]
+    return torch.cat(padded, dim=2)[:, :, :-12]
 
 
 def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
@@ -94,13 +81,3 @@ def numbered(images: torch.Tensor) -> torch.Tensor:
         ImageDraw.Draw(tile).text((1, 0), str(number), "black")
         tiles.append(torch.from_numpy(np.array(tile)))
     return rearrange(torch.stack(tiles), "n h w c -> n c h w")
-
-
-def join_pngs(paths: list, path: Path):
-    """Writes PNG files of the same size and kind side by side into one."""
-    parts = [Image.open(part, formats=["PNG"]) for part in paths]
-    width, height = parts[0].size
-    joined = Image.new(parts[0].mode, (len(parts) * (width + 12) - 12, height), "white")
-    for i, part in enumerate(parts):
-        joined.paste(part, (i * (width + 12), 0))
-    write_whole(path, partial(joined.save, format="PNG"))

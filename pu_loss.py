@@ -22,6 +22,9 @@ make the estimate negative all the same, so it is corrected:
             (non-negative PU learning, Kiryo et al. 2017, arXiv:1703.00593, algorithm 1)
     none    no correction: unbiased, and free to diverge
 
+A mean of |difference| over parts of a batch is at least |difference| of the whole batch. So with
+micro-batches, each with a risk of its own, the correction acts a little more often.
+
 Nothing bounds l on sensitive images: it may grow and grow, and the noise of the difference with it.
 But the identity above holds for any function of l, so also for min(l, limit). Beyond the limit an
 image of U or of S is not pushed any further, and the difference is as exact as before.
@@ -52,9 +55,8 @@ def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction
     loss_u [B_u], loss_s [B_s]: the losses of unlabeled and of labeled sensitive images
     prior: the fraction of sensitive images in U, in (0, 1)
     correction: "abs", "nn" or "none"
-    negative: bool scalar: is the difference negative? None: these images decide. For micro-batches,
-        pass the sign of the whole batch's difference; then the mean of their risks is the risk of
-        the whole batch, and so are the gradients.
+    negative: bool scalar: is the difference negative? None: these images decide. For images that
+        are spread over several ranks, pass the sign of the difference over all of them.
     Raises ValueError for an unknown correction or a prior outside (0, 1).
     """
     if not 0 < prior < 1:
@@ -73,7 +75,7 @@ def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction
 
 
 def limited(loss: torch.Tensor, t: torch.Tensor, typical: torch.Tensor, limit: float,
-            T: int = 1000) -> torch.Tensor:
+            T: int) -> torch.Tensor:
     """min(l, limit * the typical l at that timestep) -> [B], for images of U and of S alike.
 
     loss [B], t [B] in [0, T); typical [K]: mean l on U by K equal ranges of the timesteps
@@ -81,9 +83,9 @@ def limited(loss: torch.Tensor, t: torch.Tensor, typical: torch.Tensor, limit: f
     return loss.minimum(limit * typical[t * len(typical) // T])
 
 
-def supervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, share: float) -> torch.Tensor:
+def supervised_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, share_s: float) -> torch.Tensor:
     """The baseline that takes all of U for normal: the mean cost over U and S -> scalar.
 
-    loss_u [B_u], loss_s [B_s]: as above; share: |S| / (|U| + |S|), in [0, 1]
+    loss_u [B_u], loss_s [B_s]: as above; share_s: |S| / (|U| + |S|), in [0, 1]
     """
-    return (1 - share) * loss_u.mean() + share * -log1mexp(loss_s).mean()
+    return (1 - share_s) * loss_u.mean() + share_s * -log1mexp(loss_s).mean()

@@ -1,67 +1,230 @@
 """
-What the scripts share: errors, signals, devices, ranks, precision, argument types.
+What the scripts share: errors, flags, whole files, signals, devices, ranks, precision.
 """
 import argparse
+import csv
+import json
 import math
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 import time
-from contextlib import contextmanager, suppress
+import zipfile
+from contextlib import contextmanager
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+if sys.stderr is None:    # closed, as by 2>&-
+    sys.stderr = open(os.devnull, "w")
+
+
+def say(*words):
+    print(*words, flush=True)
+
+
+def warn(*words, end="\n"):
+    print(*words, end=end, file=sys.stderr, flush=True)
+
+
 # -----------------------------------------------------------------------------
-# errors, signals, closed pipes
+# errors and flags
 
-OUT_OF_MEMORY = re.compile("MemoryError|out of memory|can't allocate memory")    # as devices say it
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")    # as devices say it
 
 
-@contextmanager
-def exit_status(parser: argparse.ArgumentParser, user_errors: bool = True):
-    """Ends the script with one sentence instead of a traceback: with exit status 2 for ValueError
-    (an invalid request), with 1 for OSError (a bad file or machine), too little memory,
-    and Ctrl-C. user_errors: False where a ValueError is a bug, and keeps its traceback."""
-    with suppress(AttributeError):    # a stdout that is no file
-        sys.stdout.reconfigure(errors="backslashreplace")    # names that it cannot encode
+class UserError(Exception):
+    """What the person who started a script can mend; the text says how."""
+
+
+def explain(kind, error, trace):
+    """The hook for all uncaught errors: one sentence for a person, else Python's traceback."""
+    script = Path(sys.argv[0]).name
+    if isinstance(error, (UserError, OSError)):
+        warn(f"{script}: error: {error}")
+    elif isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        warn(f"{script}: error: out of memory: try a smaller --batch_size or --image_size")
+    elif isinstance(error, KeyboardInterrupt):
+        warn(f"{script}: interrupted")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = explain
+
+
+def make_parser(description: str, usage: str) -> argparse.ArgumentParser:
+    """-> a parser that shows a script's docstring as it is written."""
+    return argparse.ArgumentParser(description=description, usage=usage,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def number(text: str) -> float:
+    """For argparse: "1/11" -> 1 / 11."""
+    return float(Fraction(text))
+
+
+def fraction(text: str) -> float:
+    """For argparse: as number, and between 0 and 1."""
+    if not 0 < number(text) < 1:
+        raise ValueError
+    return number(text)
+
+
+def user_path(text: str) -> Path:
+    """For argparse: an absolute path, which another folder finds as well. ~ is the home folder."""
+    return Path(text).expanduser().absolute()
+
+
+def require_positive(args: argparse.Namespace, *names: str):
+    """Raises UserError where one of these flags is given, and not positive."""
+    for name in names:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise UserError(f"--{name} must be positive, not {getattr(args, name)}")
+
+
+def check_writable(folder: Path):
+    """Makes a folder, if need be. Raises OSError where no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_png(path: Path):
+    """check_writable for a picture. Raises UserError for another suffix, as of a checkpoint."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path} must end in .png")
+    check_writable(path.parent)
+
+
+def shell(*words) -> str:
+    """-> the words as a command line to copy, quoted where they need it."""
+    return shlex.join(map(str, words))
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """-> the flags, with paths as text, for a file."""
+    return {name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()}
+
+
+def save_args(args: argparse.Namespace, device: torch.device, path: Path):
+    """Writes what a run was: its flags, command, machine, version of torch, and commit if any."""
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True)
+    machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    about = {"flags": plain(args), "command": shell("python", *sys.argv), "machine": machine,
+             "torch": torch.__version__, "commit": git.stdout.strip() or None}
+    path.write_text(json.dumps(about, indent=2) + "\n")
+
+
+def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
+    """-> a log with these columns, "step" first, to go on with. Rows behind last_step are dropped:
+    they will be written again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [line for line in lines if line.endswith("\n") and line.split(",")[0].isdigit()]
+    file = path.open("w", newline="", buffering=1)
+    log = csv.DictWriter(file, columns, lineterminator="\n")
+    log.writeheader()
+    file.writelines(row for row in rows if int(row.split(",")[0]) <= last_step)
+    return log
+
+
+# -----------------------------------------------------------------------------
+# whole files
+
+def write_whole(path: Path, write, keep: Path = None):
+    """Calls write(temporary path), then renames, so that path never holds half a file. What it
+    held before stays under the name `keep`, if that is given."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        yield
-    except ValueError as error:
-        if not user_errors:
-            raise
-        parser.error(str(error))
-    except OSError as error:
-        sys.exit(f"{parser.prog}: error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not OUT_OF_MEMORY.search(repr(error)):
-            raise
-        sys.exit(f"{parser.prog}: error: out of memory: try a smaller --batch_size, --image_size "
-                 f"or --n, or for training a larger --grad_accum")
-    except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted")
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def say(text: str):
-    """Prints a line at once. Once nobody reads it any more, as in `train.py | head -1`, or the disk
-    is full, this line and all others are lost, but the program goes on."""
+def save_whole(state, path: Path, keep: Path = None):
+    """torch.save by write_whole. Given a file, torch.save raises OSError where a disk is full."""
+    def write(part):
+        with part.open("wb") as file:
+            torch.save(state, file)
+    write_whole(path, write, keep)
+
+
+def load_verified(path: Path, kind: str) -> dict:
+    """Reads a dict that torch.save wrote, onto the CPU, and checks what torch.load does not: the
+    checksums of the zip archive, and that all numbers are finite. kind: in words, for the error.
+    Raises UserError where the file is missing, damaged, or something else."""
     try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with zipfile.ZipFile(path) as archive:
+            # no checksum covers external_attr, which is 0: a folder's bit would hide a tensor
+            if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+                raise zipfile.BadZipFile
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        finite = isinstance(state, dict) and all_finite(state)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception:    # damaged files make torch.load raise anything
+        raise UserError(f"{path} is not {kind}, or is damaged") from None
+    if not finite:
+        raise UserError(f"{path} is not {kind}, or holds numbers that are not finite")
+    return state
 
+
+def all_finite(tree) -> bool:
+    """Are all numbers finite in the tensors of nested dicts and lists?"""
+    if isinstance(tree, torch.Tensor):
+        return bool(tree.isfinite().all())
+    branches = tree.values() if isinstance(tree, dict) else tree
+    return not isinstance(tree, (dict, list)) or all(map(all_finite, branches))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Reads what train.py saved. Raises UserError where path holds nothing like it."""
+    ckpt = load_verified(path, "a checkpoint of train.py")
+    if not {"network", "ema", "step"} <= ckpt.keys():
+        raise UserError(f"{path} is not a checkpoint of train.py, or of an earlier version")
+    return ckpt
+
+
+def read_newest(folder: Path) -> dict:
+    """-> the checkpoint in the folder of a run, or the one before it where that cannot be read.
+    Raises UserError where there is neither."""
+    try:
+        return read_checkpoint(folder / "ckpt.pt")
+    except UserError as error:
+        if not (folder / "ckpt_prev.pt").exists():
+            raise
+        say(f"{error}; the checkpoint before it, ckpt_prev.pt, is used instead")
+    return read_checkpoint(folder / "ckpt_prev.pt")
+
+
+# -----------------------------------------------------------------------------
+# signals
 
 class SignalWatch:
-    """Catches SIGTERM and Ctrl-C, so that a run can save first. A second one exits at once, but not
-    within a second of the first: where a scheduler signals all processes, torchrun does so too."""
-    number = 0    # of the signal
+    """Catches Ctrl-C and what ends a run from outside, so that it can save first. A second signal
+    exits at once, but not within a second: torchrun passes on what its processes get as well."""
 
     def __init__(self):
-        for number in [signal.SIGINT, signal.SIGTERM]:
-            signal.signal(number, self.catch)
+        self.number = 0    # of the first signal
+        for name in ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"]:
+            number = getattr(signal, name, None)    # Windows has two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:    # as nohup wants
+                signal.signal(number, self.catch)
 
     def catch(self, number, frame):
         if self.number == 0:
@@ -70,9 +233,10 @@ class SignalWatch:
             sys.exit(128 + number)
 
     def received(self, step: int, device: torch.device) -> int:
-        """-> the number of the signal that any rank has caught, or 0. All ranks agree on it. On
-        GPUs, which must wait for the answer, they ask at every tenth step only."""
-        if ranks()[1] == 1:
+        """-> the number of the signal that any rank has caught, or 0; all ranks agree on it. GPUs
+        would have to wait for the answer: they ask at every tenth step."""
+        _, world = ranks()
+        if world == 1:
             return self.number
         if device.type == "cuda" and step % 10:
             return 0
@@ -86,32 +250,27 @@ class SignalWatch:
 
 def find_device(name: str = None) -> torch.device:
     """The device of that name; without a name cuda, else mps, else cpu. Under torchrun, each
-    process (rank) gets a device of its own. NCCL, or gloo on CPUs, connects them, and only the
-    first prints.
-    Raises ValueError where this machine has no such device."""
+    process (rank) gets a device of its own, and only the first prints.
+    Raises UserError where this machine has no such device."""
     torchrun = dist.is_available() and dist.is_torchelastic_launched()
-    if name is None:
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(name)
-        if torchrun and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if torchrun and device.type == "mps":    # no backend connects these
-            device = torch.device("cpu")
+        if torchrun:    # nothing connects the ranks of mps
+            index = int(os.environ["LOCAL_RANK"])
+            device = torch.device("cuda", index) if device.type == "cuda" else torch.device("cpu")
         torch.zeros(1, device=device).item()
-        if device.index:
-            torch.accelerator.set_device_index(device.index)    # "cuda" means cuda:1 from now on
-        if torchrun:
-            timeout = timedelta(days=1)    # other ranks may wait for a download
-            if device.type == "cuda":
-                dist.init_process_group("nccl", device_id=device, timeout=timeout)
-            else:
-                dist.init_process_group("gloo", timeout=timeout)
-            if dist.get_rank() > 0:
-                sys.stdout = open(os.devnull, "w")
-    except (RuntimeError, AssertionError, ImportError) as error:    # Assertion: torch without CUDA
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"--device {name} is not to be had here: {reason}") from None
+    except (RuntimeError, AssertionError) as error:    # Assertion: torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not available here: {reason}") from None
+    if device.index:
+        torch.accelerator.set_device_index(device.index)    # "cuda" means cuda:1 from now on
+    if torchrun:
+        gpu = device if device.type == "cuda" else None
+        # a day, since other ranks may wait for a download
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(days=1))
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     return device
 
 
@@ -120,6 +279,13 @@ def ranks() -> tuple:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def leave_ranks():
+    """All ranks wait for one another, then part: one that exits early can abort the others."""
+    if ranks()[1] > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
@@ -144,136 +310,66 @@ def first_rank_first():
         dist.barrier()
 
 
-def random_state(device: torch.device) -> dict:
-    """-> the state of the random numbers on the CPU and on the device, for set_random_state."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = getattr(torch, device.type).get_rng_state()
-    return state
-
-
-def set_random_state(state: dict, device: torch.device):
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu" and device.type in state:
-        getattr(torch, device.type).set_rng_state(state[device.type])
-
-
 # -----------------------------------------------------------------------------
 # precision and compilation
 
-def device_flags(parser: argparse.ArgumentParser):
-    """Adds --device and --dtype, for find_device and default_dtype."""
-    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best there is)")
+def device_flags(parser):
+    """Adds --device and --dtype, for find_device and set_precision."""
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="of the forward pass (default: what is fast here)")
 
 
-def set_precision(args: argparse.Namespace, device: torch.device) -> torch.autocast:
-    """Fills in args.dtype and args.compile -> the context of forward passes."""
-    args.dtype = args.dtype or default_dtype(device)
+def set_precision(args: argparse.Namespace, device: torch.device):
+    """Fills in args.dtype and args.compile, and makes float32 fast."""
+    args.dtype = args.dtype or fastest_dtype(device)
     if args.compile is None:
         args.compile = device.type == "cuda"
-    dtype = getattr(torch, args.dtype)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    torch.set_float32_matmul_precision("high")    # TF32 on GPUs
+    torch.set_flush_denormal(True)    # the supervised risk has gradients below 1e-38, slow on CPUs
 
 
-def default_dtype(device: torch.device) -> str:
-    """-> bfloat16 on CUDA GPUs and CPUs that are fast at it, float16 on other CUDA GPUs, float32
-    elsewhere."""
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """-> the context of forward passes in args.dtype."""
+    return torch.autocast(device.type, getattr(torch, args.dtype), args.dtype != "float32")
+
+
+def fastest_dtype(device: torch.device) -> str:
+    """-> bfloat16 on GPUs and CPUs that are fast at it, float16 on other GPUs, else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float16"
     if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
-        # Having the instructions is not enough: with them, an AMD EPYC multiplies matrices four
-        # times as fast as in float32, an Intel Xeon without AMX half as fast. So measure, and ask
-        # for a clear gain, since conversions take time as well.
+        # With these instructions some CPUs are four times as fast, others half as fast: measure.
         if 1.5 * matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32):
             return "bfloat16"
     return "float32"
 
 
 def matmul_seconds(dtype: torch.dtype) -> float:
-    """The processor time of a 512x512 matrix multiplication on one thread, the best of 5. Other
-    programs do not count in it, so a busy machine decides like an idle one."""
+    """The processor time of a 512x512 matrix multiplication on one thread, the best of 5."""
     a = torch.ones(512, 512, dtype=dtype)
-    seconds = []
-    threads = torch.get_num_threads()
+    threads, best = torch.get_num_threads(), math.inf
     torch.set_num_threads(1)
     for _ in range(5):
-        start = time.thread_time()
+        start = time.thread_time()    # other programs do not count
         a @ a
-        seconds.append(time.thread_time() - start)
+        best = min(best, time.thread_time() - start)
     torch.set_num_threads(threads)
-    return min(seconds)
+    return best
 
 
 def compiled(function, trial, graphs: bool = True):
     """-> torch.compile(function), once trial(it) has worked; else says why not -> function.
 
-    graphs: on a GPU, replay CUDA graphs. A small network needs them: to launch its kernels one by
-    one takes longer than to run them. The next call overwrites what a call returned, and the
+    graphs: on a GPU, replay CUDA graphs, without which launching the kernels of a small network
+    takes longer than running them. The next call overwrites what a call returned, and its
     gradients, so there is none for a sum of several calls."""
     fast = torch.compile(function, mode="reduce-overhead" if graphs else "default")
     try:
         trial(fast)
     except Exception as error:    # torch.compile raises whatever its parts raise
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         say(f"not compiled, because torch.compile fails here: {reason}")
         return function
     return fast
-
-
-# -----------------------------------------------------------------------------
-# types of command-line arguments
-
-def argument_type(parse, accepts, error: str):
-    """A type for argparse: text -> parse(text), a number that `accepts` returns True for.
-    error: the sentence for any other text, with {} in the place of that text."""
-    def convert(text: str):
-        try:
-            number = parse(text)
-        except (ValueError, ArithmeticError):
-            number = math.nan    # which no comparison accepts
-        if not accepts(number):
-            raise argparse.ArgumentTypeError(error.format(text))
-        return number
-    return convert
-
-
-def ratio(text: str) -> float:
-    """"1/11" -> 1 / 11. Unlike Fraction, it does not compute all the digits of 1e10000000."""
-    numerator, _, denominator = text.partition("/")
-    return float(numerator) / float(denominator or 1)
-
-
-def png(text: str) -> Path:
-    """A path for a picture, which must not replace another kind of file, such as a checkpoint."""
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text} must end in .png")
-    return Path(text)
-
-
-def absolute(text: str) -> Path:
-    """A path that still holds where a run is resumed from another folder."""
-    return Path(os.path.realpath(text))
-
-
-def absolute_or_name(text: str) -> str:
-    """The same for what exists; other text, such as a name on the hub, stays as it is."""
-    return os.path.realpath(text) if os.path.exists(text) else text
-
-
-positive = argument_type(int, lambda n: 1 <= n < 2 ** 31,
-                         "{} is not a positive whole number, or is too large")
-count = argument_type(int, lambda n: 0 <= n < 2 ** 31,
-                      "{} is not a whole number, 0 or more, or is too large")
-int64 = argument_type(int, lambda n: abs(n) < 2 ** 63,
-                      "{} does not fit in 64 bits as a whole number")
-fraction = argument_type(ratio, lambda x: 0 < x < 1,
-                         "'{}' is not a number between 0 and 1, such as 0.5 or 1/11")
-positive_float = argument_type(float, lambda x: 0 < x < math.inf, "{} is not a positive number")
-positive_or_inf = argument_type(float, lambda x: x > 0, "{} is not a positive number, or inf")
-below_one = argument_type(float, lambda x: 0 <= x < 1, "{} is not a number from 0 to below 1")
-step_or_share = argument_type(ratio, lambda x: 0 <= x < 2 ** 31 and (x < 1 or x == int(x)),
-                              "{} is neither a step nor a share of the steps, such as 1/2")

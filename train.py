@@ -9,134 +9,218 @@ labeled sensitive.
     python train.py --dataset cifar10 --prior 1/11 --init_from google/ddpm-cifar10-32    # clean it
     torchrun --standalone --nproc_per_node=8 train.py --recipe paper   # on 8 GPUs
 
-It runs on a CPU or a GPU. Everything lands in --out_dir: ckpt.pt, log.csv and grids of samples.
-The flags, and their defaults, are in recipe.py.
+It runs on a CPU or a GPU. Everything lands in --out_dir: ckpt.pt, log.csv, args.json and grids of
+samples.
 """
+import argparse
 import copy
 import math
 import sys
 import time
-from dataclasses import asdict
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-import files
-import recipe
+import data
 import runtime
-from data import DATA_DIR, DATASETS, digest, has_class, load, on_device, parse_classes, split
 from diffusion import GaussianDiffusion
-from images import join_pngs, save_grid, to_float, to_uint8
-from pretrained import load_checkpoint, load_pretrained
-from pu_filter import read_scores
+from images import grid, load_png, save_png, side_by_side, to_float, to_uint8
+from pretrained import describe, load_checkpoint, load_pretrained
 from pu_loss import limited, pu_loss, supervised_loss
-from runtime import exit_status, mean_over_ranks, say
-from unet import UNet, check, preset
+from runtime import UserError, mean_over_ranks, say, shell
+from unet import UNet, preset
 
 # -----------------------------------------------------------------------------
-# the flags, the device and its precision
+# recipes and flags
 
-parser = recipe.train_flags(__doc__)
-with exit_status(parser):
-    args, ckpt = recipe.parse(parser)
-    device = runtime.find_device(args.device)
+DDPM = dict(network="paper", schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500)
+RECIPES = {    # defaults of flags, and settings without a flag
+    # a small network, for digits on a laptop
+    "tiny": dict(network="tiny", schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200,
+                 max_steps=4000, limit=3.0),
+    # the paper's network: first U, then S
+    "large": dict(DDPM, max_steps=20000, limit=3.0),
+    # section 5 of the paper; an epoch has |U| / batch_size steps
+    "paper": dict(DDPM, epochs=100, pu_start=0.0, limit=math.inf),
+    # with --init_from, whose model knows U already
+    "fine_tuning": dict(lr=1e-4, warmup_steps=500, epochs=20, pu_start=0.0, limit=3.0),
+}
+GRAD_CLIP = 1.0      # largest norm of the gradient
+EMA_DECAY = 0.999    # of the average of the weights, which is sampled from
+MAX_PASSES = 60      # over S: more, and it is memorised
+FEWEST_STEPS = 300   # where they follow from epochs: a few steps on a small U change nothing
+MAY_CHANGE = ["lr", "data_dir", "scores", "grad_accum", "device", "compile", "save_interval",
+              "out_dir", "resume"]    # on --resume
+
+parser = runtime.make_parser(__doc__, "python train.py [--flag value ...]")
+data.data_flags(parser)
+add = parser.add_argument_group("what is minimised").add_argument
+add("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "oracle"],
+    help="the PU risk, or a baseline (default: pu)")
+add("--pu_start", type=runtime.number,
+    help="step, or share of the steps, where the PU risk begins (default: 1/2, or later if S is "
+         "small; 0 with --recipe paper and --init_from)")
+add("--correction", default="abs", choices=["abs", "nn", "none"],
+    help="of a negative estimate of the normal loss (default: abs)")
+add("--limit", type=float, help="cap l at this multiple of its mean on U (default: 3, paper: inf)")
+add("--loss_prior", type=runtime.fraction, help="use another prior in the risk (default: --prior)")
+add("--scores", type=runtime.user_path, help="of pu_filter.py: leave out what scores high")
+add("--keep", type=runtime.fraction,
+    help="with --scores: the fraction of U to keep (default: 0.9 (1 - loss_prior))")
+add = parser.add_argument_group("model and optimization").add_argument
+add("--recipe", choices=["tiny", "large", "paper"],
+    help="network, noise schedule, optimizer, steps (default: the data set's)")
+add("--init_from", help="ckpt.pt, a diffusers folder, or a name on the hub")
+add("--batch_size", type=int, help="images per step, of U and S together")
+add("--grad_accum", type=int, default=1, help="micro-batches per step, to save memory (default: 1)")
+add("--max_steps", type=int, help="optimizer steps (default: the recipe's)")
+add("--lr", type=float, help="peak learning rate (default: the recipe's)")
+group = parser.add_argument_group("running")
+runtime.device_flags(group)
+add = group.add_argument
+add("--compile", action=argparse.BooleanOptionalAction,
+    help="torch.compile the loss (default: on cuda only)")
+add("--save_interval", type=int, default=500,
+    help="steps between two checkpoints and sample grids (default: 500)")
+add("--out_dir", type=runtime.user_path, help="(default: out/DATASET-ALGORITHM-PRIOR)")
+add("--resume", action="store_true", help="go on from the checkpoint in --out_dir")
+
+args = parser.parse_args()
+if args.out_dir is None:
+    data.check_data_flags(args)
+    others = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
+    words = [args.dataset, args.algorithm, f"{args.prior:.4g}", *others]
+    args.out_dir = Path("out", "-".join(words))
+ckpt_path, previous_path = args.out_dir / "ckpt.pt", args.out_dir / "ckpt_prev.pt"
+ckpt = None
+if ckpt_path.exists() or previous_path.exists():
+    if not args.resume:
+        raise UserError(f"--out_dir {args.out_dir} already holds a run: add --resume to go on with "
+                        f"it, or name another folder")
+    ckpt = runtime.read_newest(args.out_dir)
+    parser.set_defaults(**ckpt["args"])
+else:
+    if args.resume:
+        say(f"{ckpt_path} does not exist yet: a new run begins")
+    if args.init_from and args.recipe:
+        raise UserError("--recipe does not go with --init_from, which brings its own network")
+    defaults = data.DATASETS[args.dataset]
+    recipe = "fine_tuning" if args.init_from else args.recipe or defaults["recipe"]
+    parser.set_defaults(recipe=recipe, batch_size=defaults["batch_size"], **RECIPES[recipe])
+# the flags that were not given now have the values of the run or of the recipe
+args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
+data.check_data_flags(args)
+runtime.require_positive(args, "batch_size", "grad_accum", "max_steps", "lr", "limit",
+                         "save_interval")
+for name, value in ckpt["args"].items() if ckpt else []:
+    if name == "max_steps" and args.max_steps != value:
+        raise UserError(f"--max_steps: this run was planned for {value} steps, and its learning "
+                        f"rate ends there. To train on: --init_from {ckpt_path} --out_dir ...")
+    if name not in MAY_CHANGE and str(getattr(args, name)) != str(value):
+        raise UserError(f"--{name} cannot change on --resume: the run has {value}")
+if args.keep and not args.scores:
+    raise UserError("--keep needs --scores")
+if args.algorithm == "oracle" and args.dataset == "folder":
+    raise UserError("--algorithm oracle needs the labels of U, which a folder does not have")
+args.loss_prior = args.loss_prior or args.prior
+device = runtime.find_device(args.device)
 rank, world = runtime.ranks()
-autocast = runtime.set_precision(args, device)
-if device.type == "cuda":
-    torch.set_float32_matmul_precision("high")    # TF32
-torch.set_flush_denormal(True)    # the supervised risk has gradients below 1e-38, slow on a CPU
+runtime.set_precision(args, device)
 torch.manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
-# the model to start from; then the flags that were not given can be filled in
+# the model to start from, if any, and the data
 
-model, known = None, {}
-with exit_status(parser):
-    if ckpt:
-        model, _ = load_checkpoint(ckpt)
-        model.train().requires_grad_(True)
-    elif args.init_from:
-        hub_dir = DATA_DIR if args.dataset == "folder" else args.data_dir
-        with runtime.first_rank_first():
-            model, diffusion = load_pretrained(args.init_from, hub_dir)
-        known = dict(schedule=diffusion.schedule, prediction=diffusion.prediction)
-        if "image_size" in DATASETS[args.dataset]:    # its images are resized to the model's size
-            known |= dict(image_size=model.config.image_size, channels=model.config.image_channels)
-    recipe.fill_in(args, known)
+model = None
+if ckpt:
+    model, diffusion = load_checkpoint(ckpt)
+    model.train().requires_grad_(True)
+elif args.init_from:
+    with runtime.first_rank_first():
+        model, diffusion = load_pretrained(args.init_from)
+channels = None
+if model and "image_size" in data.DATASETS[args.dataset]:    # resize images to what it draws
+    channels = model.config.image_channels
+    args.image_size = args.image_size or model.config.image_size
+with runtime.first_rank_first():
+    dataset = data.load(args.dataset, args.data_dir, args.image_size, channels)
+images = dataset.train    # uint8 [N, C, H, W], of which u and s number the rows
+u, s, _ = data.split(args.dataset, dataset, args.sensitive, args.prior, args.n_unlabeled,
+                     args.n_labeled, args.seed)
+n_unlabeled, n_labeled = len(u), len(s)
+loss_prior = args.loss_prior
+if args.algorithm == "oracle":
+    sensitive = data.parse_classes(args.dataset, args.sensitive)
+    u = u[~data.has_class(dataset.train_labels[u], sensitive)]
+if args.scores:
+    args.keep = args.keep or 0.9 * (1 - loss_prior)
+    u, s = data.read_scores(args.scores, images, u, s, args.keep)
+    # P(sensitive | kept) by Bayes: S is kept as often as the sensitive images in U
+    loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)
+if images.numel() <= data.MAX_ON_DEVICE:    # more stay in their file
+    images, u, s = images.to(device), u.to(device), s.to(device)
+shape = images.shape[1:]
 
 # -----------------------------------------------------------------------------
-# the data, how many images a step takes, and how many steps
+# how many images of U and of S a step takes, and how many steps each part of the run has
 
-with exit_status(parser):
-    if args.image_size and model is None:    # before images of that size are decoded
-        check(preset(args.model, args.channels, args.image_size))
-    with runtime.first_rank_first():
-        data = load(args.dataset, args.data_dir, args.image_size, args.channels)
-    u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
-                    args.n_labeled, args.seed)
-    n_unlabeled, n_labeled = len(u), len(s)
-    loss_prior = args.loss_prior
-    if args.algorithm == "oracle":
-        u = u[~has_class(data.train_labels[u], parse_classes(args.dataset, args.sensitive))]
-    if args.scores:
-        args.keep = args.keep or 0.9 * (1 - loss_prior)
-        u, s = read_scores(args.scores, data, u, s, args.keep)
-        # P(sensitive | kept) by Bayes: S is kept as often as the sensitive images in U
-        loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)
-    some = torch.cat([index[::1 + len(index) // 500] for index in (u, s)])    # a spot check
-    fingerprint = [len(u), len(s), digest(data.train[some])[:8]]
-    if ckpt and ckpt["fingerprint"] != fingerprint:
-        raise OSError(f"the sizes and the checksum of U and S were {ckpt['fingerprint']}, now they "
-                      f"are {fingerprint}: {args.scores or args.data_dir} has changed")
-    # from here on, u and s number the rows of `images`, which need not be those of data.train
-    images, u, s = on_device(data.train, u, s, device)
-    shape = images.shape[1:]
-    channels, image_size, _ = shape
-
-    share_s = len(s) / (len(u) + len(s))    # for the supervised risk
-    micro_batches = world * args.grad_accum    # a step, over all ranks
-    n_u, n_s = recipe.batch_composition(args.algorithm, args.batch_size, loss_prior, len(u), len(s),
-                                        micro_batches)
-    if args.scores and len(s) < n_s:
-        raise ValueError(f"--scores {args.scores} leave {len(s)} images of S, fewer than the {n_s} "
-                         f"a step takes: they would be learned by heart. Use --algorithm "
-                         f"unsupervised, or a larger --keep")
-    args.max_steps = args.max_steps or math.ceil(args.epochs * n_unlabeled / args.batch_size)
-    s_passes_per_step = n_s / max(1, len(s))
-    pu_start = ckpt["pu_start"] if ckpt else recipe.steps_before_pu(args, s_passes_per_step)
-    if pu_start >= args.max_steps:
-        raise ValueError(f"--pu_start {pu_start} leaves no step for the PU risk: --max_steps is "
-                         f"{args.max_steps}")
+micro_batches = world * args.grad_accum
+share_s = len(s) / (len(u) + len(s))    # for the supervised risk
+n_s = 0
+if args.algorithm == "pu":
+    # The difference of the risk is least noisy where S has the share prior / (1 + prior). It is
+    # rounded up to sixteenths, which micro-batches can share. A small S gets less, to last longer.
+    sixteenth = max(1, args.batch_size // 16)
+    best = math.ceil(loss_prior / (1 + loss_prior) * args.batch_size / sixteenth)
+    n_s = sixteenth * max(1, min(best, len(s) // sixteenth))
+elif args.algorithm == "supervised":
+    n_s = max(1, round(share_s * args.batch_size))
+n_s = min(n_s, args.batch_size // 2)    # each image of S is paired with one of U
+n_u = args.batch_size - n_s
+if args.batch_size < 2 or n_u % micro_batches or n_s % micro_batches:
+    raise UserError(f"--batch_size {args.batch_size}: {n_u} images of U and {n_s} of S cannot be "
+                    f"divided among {micro_batches} micro-batches")
+if args.scores and len(s) < n_s:
+    raise UserError(f"--scores leave {len(s)} images of S, fewer than the {n_s} per step: they "
+                    f"would be memorised. Use --algorithm unsupervised, or a larger --keep")
+if args.max_steps is None:
+    args.max_steps = max(FEWEST_STEPS, math.ceil(args.epochs * n_unlabeled / args.batch_size))
+if args.algorithm != "pu":
+    pu_start = 0
+elif args.pu_start is None:    # half of the steps, or MAX_PASSES over S
+    most = int(MAX_PASSES * len(s) / n_s)
+    pu_start = args.max_steps - max(1, min(args.max_steps // 2, most))
+else:
+    pu_start = round(args.pu_start * (args.max_steps if args.pu_start < 1 else 1))
+if not 0 <= pu_start < args.max_steps:
+    raise UserError(f"--pu_start {pu_start} must be below the number of steps, {args.max_steps}")
 
 # -----------------------------------------------------------------------------
 # the network, its moving average, the loss, the optimizer
 
-with exit_status(parser):
-    if model is None:
-        model = UNet(preset(args.model, channels, image_size))
-    config = model.config
-    if (config.image_channels, config.image_size) != (channels, image_size):
-        raise ValueError(f"--init_from {args.init_from} is for {config.image_size}x"
-                         f"{config.image_size} images of {config.image_channels} channels, "
-                         f"{args.dataset} has {image_size}x{image_size} of {channels}")
-    model = model.to(device, memory_format=torch.channels_last)
+if model is None:
+    model = UNet(preset(args.network, *shape[:2]))
+    diffusion = GaussianDiffusion(args.schedule, args.prediction)
+if (model.config.image_channels, model.config.image_size) != shape[:2]:
+    raise UserError(f"{args.init_from} draws images of {model.config.image_channels} channels and "
+                    f"{model.config.image_size} pixels, {args.dataset} has {tuple(shape)}")
+model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 net = model
 if world > 1:
     net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-diffusion = GaussianDiffusion(1000, args.schedule, args.prediction).to(device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type in ("cuda", "cpu"))
 scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
 def per_image_loss(x_0, t, eps):
-    """x_0, eps [B, C, H, W], t [B] -> [B]"""
-    with autocast:
+    """x_0, eps [B, C, H, W], t [B] -> l [B]"""
+    x_0, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_0, eps))
+    with runtime.autocast(args, device):
         return diffusion.per_image_loss(net, x_0, t, eps)
 
 eager = per_image_loss    # stays uncompiled, for typical_losses
 if args.compile:
     x = torch.zeros(args.batch_size // micro_batches, *shape, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(len(x), dtype=torch.long, device=device)
     # x twice would be one tensor for two arguments: torch.compile would compile again later
     per_image_loss = runtime.compiled(eager, lambda fast: fast(x, t, x.clone()).sum().backward(),
@@ -144,229 +228,206 @@ if args.compile:
     optimizer.zero_grad()
 
 # -----------------------------------------------------------------------------
-# where the run stands
+# what changes with the steps
 
-step, seconds = 0, 0.0
-sums, n_summed = {}, 0    # over the steps since the last row of the log
-typical = None    # mean l on U by timestep, once the network knows U
-modules = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-if ckpt:
-    for name, module in modules.items():
-        module.load_state_dict(ckpt[name])
-    step, sums, n_summed, seconds = map(ckpt.get, ["step", "sums", "n_summed", "seconds"])
-    sums = {name: value.to(device) for name, value in sums.items()}
-    if ckpt["typical"] is not None:
-        typical = ckpt["typical"].to(device)
-    runtime.set_random_state(ckpt["rng"], device)
-first_step, start = step, time.time()
-ckpt_path, joined_path = args.out_dir / "ckpt.pt", args.out_dir / "before_after.png"
+def learning_rate(step):
+    """Linear warm-up, constant while U is learned, then a cosine down to 0."""
+    warmup_steps = min(args.warmup_steps, args.max_steps // 4)
+    start = max(pu_start, warmup_steps)    # of the cosine
+    progress = max(0, step - start) / max(1, args.max_steps - start)
+    warmup = min(1, (step + 1) / (warmup_steps + 1))
+    return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
-with exit_status(parser):
-    if rank == 0:
-        lock = files.lock_folder(args.out_dir)    # held until the process ends
-        columns = "step risk loss_u loss_s difference corrected lr images_per_second seconds"
-        write_row = files.open_log(args.out_dir / "log.csv", columns.split(), step)
-watch = runtime.SignalWatch()
-
-def samples_path(step):
-    return args.out_dir / f"samples_{step:06d}.png"
-
-def check_finite():
-    """So that no checkpoint is overwritten with a broken one."""
-    if not sums["risk"].isfinite() or not all(p.isfinite().all() for p in ema.parameters()):
-        sys.exit(f"train.py: error: the risk or the weights are no longer finite at step {step}: "
-                 f"try a lower --lr, with --resume if {ckpt_path} exists")
-
-def save_checkpoint():
-    state = {name: module.state_dict() for name, module in modules.items()}
-    state |= dict(config=asdict(config), args=recipe.plain(args), fingerprint=fingerprint,
-                  loss_prior=loss_prior, pu_start=pu_start, typical=typical, step=step, sums=sums,
-                  n_summed=n_summed, rng=runtime.random_state(device),
-                  seconds=seconds + time.time() - start)
-    files.save_whole(state, ckpt_path, keep=args.out_dir / "ckpt_prev.pt")
-
-def due(interval):
-    """Is this step one of every `interval`, or the last of one part?"""
-    return step % interval == 0 or step in (pu_start, args.max_steps)
-
-def save_samples():
-    """A grid at this step; at the end also beside the one from before the PU risk"""
-    generator = torch.Generator(device).manual_seed(args.seed)    # not that of training
-    with autocast:
-        samples = diffusion.sample(ema, (64, *shape), generator=generator)
-    save_grid(to_uint8(samples), samples_path(step))
-    if step == args.max_steps and samples_path(pu_start).exists():
-        join_pngs([samples_path(pu_start), samples_path(step)], joined_path)
-
-# -----------------------------------------------------------------------------
-# one step
-
-def draw_batch(composition):
-    """The batch of one step, which all ranks draw alike: n_u images of U, then n_s of S
-    -> {name: [B, ...]}. Image i of S has the timestep and the noise of image i of U, which makes
-    the difference of their losses less noisy."""
-    n_u, n_s = composition
-    of_u = u[torch.randint(len(u), (n_u,), device=u.device)]
-    of_s = s[torch.randint(max(1, len(s)), (n_s,), device=s.device)]    # S may be empty, and n_s 0
-    batch = dict(index=torch.cat([of_u, of_s]))
-    if args.hflip:
-        batch["mirrored"] = torch.rand(n_u + n_s, 1, 1, 1, device=device) < 0.5
-    # numbers one golden ratio apart (modulo 1) are spread evenly, and so are the first n_s of them
-    spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(n_u, device=device)
-    t = (diffusion.T * (spread % 1)).long()
-    eps = torch.randn(n_u, *shape, device=device)
-    return batch | dict(t=torch.cat([t, t[:n_s]]), eps=torch.cat([eps, eps[:n_s]]))
-
-def read_images(index):
-    """Rows of `images` [B] -> x_0 [B, C, H, W] in [-1, 1], on the device"""
-    return to_float(images[index].to(device)).contiguous(memory_format=torch.channels_last)
+def ema_decay(step):
+    """The average spans at most half of the current part of the run: a short second part would
+    else be sampled from the weights that it began with. It soon forgets random weights."""
+    part = pu_start if step < pu_start else args.max_steps - pu_start
+    decay = min(EMA_DECAY, max(0, 1 - 2 / part))
+    return decay if args.init_from else min(decay, (1 + step) / (10 + step))
 
 def typical_losses():
     """What images of U cost the network now -> [20], the mean l by twentieths of the timesteps."""
-    generator = torch.Generator(device).manual_seed(args.seed)    # not that of training
+    torch.manual_seed(args.seed)
     t = torch.arange(200, device=device) * diffusion.T // 200
     total = torch.zeros(200, device=device)
     with torch.no_grad():
         for _ in range(20):    # 4,000 images
-            chosen = torch.randint(len(u), (200,), generator=generator, device=device)
-            x_0 = read_images(u[chosen.to(u.device)])
-            eps = torch.randn(x_0.shape, generator=generator, device=device)
-            total += eager(x_0, t, eps)
+            x_0 = to_float(images[u[torch.randint(len(u), (200,), device=u.device)]].to(device))
+            total += eager(x_0, t, torch.randn_like(x_0))
     return total.view(20, 10).mean(1) / 20
 
-def accumulate_gradients(batch, composition, negative=None):
-    """Sends this rank's micro-batches of a batch forward and backward.
+# a network that knows nothing yet has no typical loss
+use_limit = args.algorithm == "pu" and args.limit < math.inf and (pu_start > 0 or args.init_from)
 
-    negative: bool scalar, is E_U[l] - prior E_S[l] of the whole batch negative? None: computed
-        here, which is right where each rank has one micro-batch
-    -> {name: mean over the micro-batches} for the log
-    """
-    means = {}
-    for number in range(rank, micro_batches, world):
-        micro_batch = {}
-        for name, x in batch.items():
-            parts = x.split(composition)
-            micro_batch[name] = torch.cat([part[number::micro_batches] for part in parts])
-        x_0, t = read_images(micro_batch["index"]), micro_batch["t"]
-        if args.hflip:
-            x_0 = torch.where(micro_batch["mirrored"], x_0.flip(3), x_0)
-        eps = micro_batch["eps"].contiguous(memory_format=torch.channels_last)
-        net.require_backward_grad_sync = number + world >= micro_batches    # DDP: after the last
-        loss = per_image_loss(x_0, t, eps)    # [B]
-        capped = loss if typical is None else limited(loss, t, typical, args.limit)
-        split_sizes = [n // micro_batches for n in composition]
-        loss_u, loss_s = capped.split(split_sizes)
+# -----------------------------------------------------------------------------
+# where the run stands, and what it writes
 
-        names_and_losses = zip(["loss_u", "loss_s"], loss.split(split_sizes))
-        found = {name: losses.mean() for name, losses in names_and_losses if len(losses) > 0}
-        if len(loss_s) == 0:
-            found["risk"] = loss_u.mean()
-        elif args.algorithm == "supervised":
-            found["risk"] = supervised_loss(loss_u, loss_s, share_s)
-        else:
-            found["difference"] = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
-            if negative is None:
-                negative = mean_over_ranks(found["difference"]) < 0
-            found["corrected"] = negative & (args.correction != "none")
-            found["risk"] = pu_loss(loss_u, loss_s, loss_prior, args.correction, negative)
-        scaler.scale(found["risk"] / args.grad_accum).backward()
-        for name, value in found.items():
-            means[name] = means.get(name, 0) + value.detach() / args.grad_accum
-    return means
+step, seconds = 0, 0.0
+typical = None    # mean l on U by timestep, once the network knows U
+state = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+if ckpt:
+    for name, module in state.items():
+        module.load_state_dict(ckpt[name])
+    step, seconds = ckpt["step"], ckpt["seconds"]
+    typical = ckpt["typical"] if ckpt["typical"] is None else ckpt["typical"].to(device)
+first_step, start = step, time.monotonic()
+log_interval = min(100, args.save_interval)
+sums, n_summed = {}, 0    # over the steps since the last row of the log
 
-def take_step(batch, composition):
-    """Updates the weights and their moving average -> {name: mean over the batch} for the log"""
-    # With several micro-batches, the sign of the difference is known only after the last of them.
-    # Assume that it is positive; where it was not, do the step again.
-    negative = None if args.grad_accum == 1 else torch.tensor(False, device=device)
-    means = accumulate_gradients(batch, composition, negative)
-    sign_matters = negative is not None and "difference" in means and args.correction != "none"
-    if sign_matters and mean_over_ranks(means["difference"]) < 0:
-        optimizer.zero_grad()
-        means = accumulate_gradients(batch, composition, ~negative)
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        decay = recipe.averaging(args, step, pu_start)
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    return means
+columns = ["step", "risk", "loss_unlabeled", "loss_sensitive", "difference", "share_corrected",
+           "learning_rate", "images_per_second", "seconds"]
+if rank == 0:
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    runtime.save_args(args, device, args.out_dir / "args.json")
+    log = runtime.open_log(args.out_dir / "log.csv", columns, step)
+
+def save_checkpoint():
+    alpha_bar = torch.tensor(diffusion.alpha_bar, dtype=torch.float64)
+    saved = {name: module.state_dict() for name, module in state.items()}
+    saved |= dict(network=describe(model), step=step, seconds=seconds + time.monotonic() - start,
+                  diffusion=dict(alpha_bar=alpha_bar, prediction=diffusion.prediction),
+                  args=runtime.plain(args), loss_prior=loss_prior, pu_start=pu_start,
+                  typical=typical)
+    runtime.save_whole(saved, ckpt_path, keep=previous_path)
+
+def samples_path(step):
+    return args.out_dir / f"samples_{step:06d}.png"
+
+def save_samples():
+    """A grid at this step; at the end also beside the one from before the PU risk."""
+    generator = torch.Generator(device).manual_seed(args.seed)    # the same noise each time
+    with runtime.autocast(args, device):
+        samples = grid(to_uint8(diffusion.sample(ema, (64, *shape), generator=generator)))
+    save_png(samples, samples_path(step))
+    if step == args.max_steps and samples_path(pu_start).exists():
+        save_png(side_by_side([load_png(samples_path(pu_start)), samples]),
+                 args.out_dir / "before_after.png")
 
 # -----------------------------------------------------------------------------
 # what is about to happen
 
-# a network that knows nothing yet has no typical loss
-use_limit = args.algorithm == "pu" and args.limit < math.inf and (pu_start > 0 or args.init_from)
+estimate = f"E_U[l] - {loss_prior:.4g} E_S[l]"
+corrected = dict(abs=f"|{estimate}|", nn=f"max(0, {estimate})", none=estimate)[args.correction]
+cost_s, ordinary = "E_S[-log(1 - exp(-l))]", "the ordinary diffusion loss, E_U[l]"
+minimised = dict(
+    pu=f"the PU risk, {loss_prior:.4g} {cost_s} + {corrected}",
+    supervised=f"the supervised risk, {1 - share_s:.4g} E_U[l] + {share_s:.4g} {cost_s}",
+    unsupervised=ordinary, oracle=ordinary)[args.algorithm]
+which = args.sensitive or data.DATASETS[args.dataset].get("sensitive", "your estimate")
 say(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
-    f"({args.sensitive or 'your estimate'}); S has {n_labeled:,}")
-if args.scores or args.algorithm == "oracle":
-    say(f"training is shown {len(u):,} images of U and {len(s):,} of S, by "
-        f"{args.scores or 'labels that nobody has'}")
-for line in recipe.in_words(args, n_u, n_s, pu_start, loss_prior, share_s, s_passes_per_step):
-    say(line)
+    f"({which}); S has {n_labeled:,}{'; images are mirrored at random' if args.hflip else ''}")
+if len(u) < n_unlabeled:
+    say(f"training sees {len(u):,} images of U and {len(s):,} of S, by {args.scores or 'labels'}")
+if pu_start:
+    say(f"steps 1 to {pu_start} minimise {ordinary}, on {args.batch_size} images of U per step")
+say(f"steps {pu_start + 1} to {args.max_steps} minimise {minimised}, on {n_u} images of U"
+    f"{f' and {n_s} of S' if n_s else ''} per step")
 if use_limit:
     say(f"in the PU risk, l is capped at {args.limit:g} times its mean on U at the same timestep")
-if micro_batches > 1:
-    say(f"each step in {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
-say(f"{args.model or args.init_from} U-Net of "
+passes = (args.max_steps - pu_start) * n_s / max(1, len(s))
+if args.algorithm == "pu" and passes > 1.01 * MAX_PASSES:
+    say(f"S is small: the run takes {passes:.0f} passes over it, and may memorise it. If the "
+        f"samples suffer, start again with a later --pu_start or fewer --max_steps")
+say(f"{args.init_from or args.network} U-Net of "
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
-    f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; "
-    f"from step {step}; results in {args.out_dir}")
-if ckpt and due(args.sample_interval) and rank == 0:
-    with exit_status(parser, user_errors=False):
-        save_samples()    # the run may have been stopped after its checkpoint, before its grid
-if step >= args.max_steps:
-    say(f"{ckpt_path} is at step {step}: nothing is left to do; --max_steps goes further")
-    sys.exit()
+    f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}, {micro_batches} "
+    f"micro-batch(es) per step; from step {step}; results in {args.out_dir}")
 
 # -----------------------------------------------------------------------------
 # the loop
 
-with exit_status(parser, user_errors=False):
-    while step < args.max_steps:
-        lr = optimizer.param_groups[0]["lr"] = recipe.learning_rate(args, step, pu_start)
-        composition = (n_u, n_s) if step >= pu_start else (args.batch_size, 0)
-        if use_limit and step == pu_start:
-            typical = typical_losses()
-        for name, value in take_step(draw_batch(composition), composition).items():
-            sums[name] = sums.get(name, 0) + value
-        n_summed += 1
-        step += 1
+watch = runtime.SignalWatch()
+while step < args.max_steps:
+    # Draw a batch. All ranks draw the same, since it follows from seed and step. Image i of S has
+    # the timestep and the noise of image i of U, which makes the difference less noisy. Timesteps
+    # one golden ratio apart (modulo 1) are spread evenly, and so are the first of them.
+    if use_limit and step == pu_start:
+        typical = typical_losses()
+    torch.manual_seed(1_000_003 * args.seed + step)
+    batch_s = n_s if step >= pu_start else 0
+    batch_u = args.batch_size - batch_s
+    index_u = u[torch.randint(len(u), (batch_u,), device=u.device)]
+    index_s = s[torch.randint(max(1, len(s)), (batch_s,), device=s.device)]
+    spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(batch_u, device=device)
+    t_u = (diffusion.T * (spread % 1)).long()
+    eps_u = torch.randn(batch_u, *shape, device=device)
 
-        log_is_due, save_is_due = due(args.log_interval), due(args.sample_interval)
-        signal_number = watch.received(step, device)
-        if log_is_due or save_is_due or signal_number:
-            sums = {name: mean_over_ranks(value) for name, value in sums.items()}
-            check_finite()
-        if log_is_due:
-            row = {name: float(value / n_summed) for name, value in sums.items()}
-            elapsed = time.time() - start
-            speed = (step - first_step) * args.batch_size / elapsed
-            left = round(elapsed / (step - first_step) * (args.max_steps - step))
-            text_s = f"l_S {row['loss_s']:.3f}  " if "loss_s" in row else ""
-            say(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  l_U {row['loss_u']:.3f}  "
-                f"{text_s}lr {lr:.2e}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left")
-            if rank == 0:
-                row |= dict(step=step, lr=lr, images_per_second=round(speed, 1))
-                write_row(row | dict(seconds=round(seconds + elapsed, 1)))
-            sums, n_summed = {}, 0
-        if (save_is_due or signal_number) and rank == 0:
-            save_checkpoint()
-        if signal_number:
-            say(f"interrupted: step {step} is saved, --resume goes on from there")
-            sys.exit(128 + signal_number)
-        if save_is_due and rank == 0:
-            save_samples()
-        if step == pu_start:
-            say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
-                f"{samples_path(step)} is what the network would have drawn")
+    for number in range(rank, micro_batches, world):
+        # the loss of each image of this micro-batch
+        part = slice(number, None, micro_batches)
+        index = torch.cat([index_u[part], index_s[part]])
+        x_0 = to_float(images[index].to(device))    # [B, C, H, W]
+        if args.hflip:
+            x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
+        t = torch.cat([t_u[part], t_u[:batch_s][part]])
+        eps = torch.cat([eps_u[part], eps_u[:batch_s][part]])
+        net.require_backward_grad_sync = number + world >= micro_batches    # DDP: after the last
+        loss = per_image_loss(x_0, t, eps)    # [B]
 
-    say(f"trained for {(seconds + elapsed) / 60:.1f} minutes; everything is in {args.out_dir}")
-    if joined_path.exists():
-        say(f"{joined_path}: what it would have drawn, and what it draws now")
-say(f"to sample from it: python sample.py --ckpt {ckpt_path} --n 64 --grid samples.png")
-say(f"to judge it: python evaluate.py --ckpt {ckpt_path}")
-if world > 1:
-    dist.destroy_process_group()
+        # the cap, and the risk
+        sizes = batch_u // micro_batches, batch_s // micro_batches
+        capped = loss if typical is None else limited(loss, t, typical, args.limit, diffusion.T)
+        loss_u, loss_s = capped.split(sizes)
+        logged = dict(loss_unlabeled=loss[:sizes[0]].mean())
+        if batch_s:
+            logged["loss_sensitive"] = loss[sizes[0]:].mean()
+        if batch_s == 0:
+            risk = loss_u.mean()
+        elif args.algorithm == "supervised":
+            risk = supervised_loss(loss_u, loss_s, share_s)
+        else:
+            difference = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
+            negative = mean_over_ranks(difference) < 0
+            risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, negative)
+            logged |= dict(difference=difference, share_corrected=negative.float())
+        scaler.scale(risk / args.grad_accum).backward()
+        for name, value in dict(logged, risk=risk).items():
+            sums[name] = sums.get(name, 0) + value.detach() / args.grad_accum
+    n_summed += 1
+
+    rate = optimizer.param_groups[0]["lr"] = learning_rate(step)
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - ema_decay(step))
+    step += 1
+
+    end_of_part = step in (pu_start, args.max_steps)
+    signal_number = watch.received(step, device)
+    if step % log_interval == 0 or end_of_part or signal_number:
+        row = {name: float(mean_over_ranks(total) / n_summed) for name, total in sums.items()}
+        if not math.isfinite(row["risk"]) or not all(p.isfinite().all() for p in ema.parameters()):
+            raise UserError(f"the risk or the weights are no longer finite at step {step}: try a "
+                            f"lower --lr, with --resume if {ckpt_path} exists")
+        elapsed = time.monotonic() - start
+        speed = (step - first_step) * args.batch_size / elapsed
+        left = round(elapsed / (step - first_step) * (args.max_steps - step))
+        text_s = f"l_S {row['loss_sensitive']:.3f}  " if "loss_sensitive" in row else ""
+        say(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  "
+            f"l_U {row['loss_unlabeled']:.3f}  {text_s}lr {rate:.2e}  {speed:.0f} images/s  "
+            f"{left // 60}:{left % 60:02} left")
+        if rank == 0:
+            log.writerow(dict(row, step=step, learning_rate=rate, images_per_second=round(speed, 1),
+                              seconds=round(seconds + elapsed, 1)))
+        sums, n_summed = {}, 0
+    save_is_due = step % args.save_interval == 0 or end_of_part
+    if rank == 0 and save_is_due:
+        save_samples()
+    if rank == 0 and (save_is_due or signal_number):
+        save_checkpoint()
+    if signal_number:
+        say(f"interrupted: step {step} is saved, --resume goes on from there")
+        runtime.leave_ranks()
+        sys.exit(128 + signal_number)
+    if step == pu_start:
+        say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
+            f"{samples_path(step)} is what the network would have drawn")
+
+minutes = (seconds + time.monotonic() - start) / 60
+say(f"trained for {minutes:.1f} minutes; everything is in {args.out_dir}")
+say("to sample from it:", shell("python", "sample.py", "--ckpt", ckpt_path))
+say("to evaluate it:", shell("python", "evaluate.py", "--ckpt", ckpt_path))
+runtime.leave_ranks()

@@ -21,19 +21,12 @@ from einops import rearrange
 class UNetConfig:
     image_channels: int = 3
     image_size: int = 32                     # height and width in pixels
-    channels: tuple = (128, 128, 256, 512)   # one number a level; each new level halves H and W
-    blocks: int = 2                          # residual blocks a level, and one more on the way up
+    channels: tuple = (128, 128, 256, 512)   # one number per level; each new level halves H and W
+    blocks: int = 2                          # residual blocks per level, one more on the way up
     attention: tuple = (2,)                  # the levels with self-attention, counted from 0
-    head_dim: int = 0                        # channels of an attention head; 0: a single head
     groups: int = 32                         # of GroupNorm; must divide every number of channels
     dropout: float = 0.0
     patch: int = 1                           # folds patch x patch pixels into channels
-    pad: int = 0                             # a border in pixels, added before and cut off after
-    # DDPM's choices. Models in the diffusers format may have others.
-    norm_eps: float = 1e-6                   # added to the variance by GroupNorm
-    downsample_padding: int = 0              # of strided convolutions; 0: right and below only
-    flip_sin_to_cos: bool = False            # see timestep_embedding
-    freq_shift: int = 1                      # see timestep_embedding
 
 
 PRESETS = {
@@ -45,49 +38,17 @@ PRESETS = {
 
 
 def preset(name: str, image_channels: int, image_size: int) -> UNetConfig:
-    """The config of a named network, which pads even image sizes until every level can halve them.
-    Raises ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(PRESETS)}")
-    config = UNetConfig(image_channels, image_size, **PRESETS[name])
-    multiple = config.patch * 2 ** (len(config.channels) - 1)
-    if image_size % 2 == 0:
-        config.pad = (-image_size % multiple) // 2    # half of what is missing
-    return config
+    """The config of a named network. Raises KeyError for an unknown name."""
+    return UNetConfig(image_channels, image_size, **PRESETS[name])
 
 
-def check(config: UNetConfig):
-    """Raises ValueError for the first thing in the config that does not fit the rest."""
-    levels = len(config.channels)
-    size = config.image_size + 2 * config.pad
-    multiple = config.patch * 2 ** (levels - 1)
-    if size % multiple:
-        raise ValueError(f"image size {size} cannot be halved evenly by {levels} levels with "
-                         f"patch {config.patch}: it must be a multiple of {multiple}")
-    if config.blocks < 1:
-        raise ValueError(f"blocks = {config.blocks}: a level needs a block")
-    if config.channels[0] < 4 or config.channels[0] % 2:
-        raise ValueError("channels[0] must be an even number of channels, at least 4")
-    for c in config.channels:
-        if c % config.groups:
-            raise ValueError(f"groups = {config.groups} does not divide {c} channels")
-    for level in config.attention:
-        if not 0 <= level < levels:
-            raise ValueError(f"attention at level {level}, but the levels are 0 to {levels - 1}")
-    for level in [*config.attention, -1]:    # -1: the middle, as wide as the last level
-        c = config.channels[level]
-        if config.head_dim and c % config.head_dim:
-            raise ValueError(f"head_dim = {config.head_dim} does not divide {c} channels")
-
-
-def timestep_embedding(t, dim: int, freq_shift: int = 1, flip_sin_to_cos: bool = False):
+def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """t [B] -> [B, dim]: the sines, then the cosines, of t at dim/2 frequencies from 1 to 1/10000
-    (10000^(-i / (half - freq_shift)), as in DDPM's code). flip_sin_to_cos: cosines first."""
+    (10000^(-i / (dim/2 - 1)), as in DDPM's code)."""
     half = dim // 2
-    exponents = -math.log(10000) * torch.arange(half, device=t.device) / (half - freq_shift)
+    exponents = -math.log(10000) * torch.arange(half, device=t.device) / (half - 1)
     angles = t[:, None].float() * exponents.exp()
-    waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
-    return torch.cat(waves, dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def zero_init(layer):
@@ -107,10 +68,10 @@ class ResBlock(nn.Module):
     """[B, c_in, H, W] -> [B, c_out, H, W]"""
     def __init__(self, c_in, c_out, time_dim, config):
         super().__init__()
-        self.norm1 = GroupNorm(config.groups, c_in, eps=config.norm_eps)
+        self.norm1 = GroupNorm(config.groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, c_out)
-        self.norm2 = GroupNorm(config.groups, c_out, eps=config.norm_eps)
+        self.norm2 = GroupNorm(config.groups, c_out, eps=1e-6)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -126,30 +87,29 @@ class Attention(nn.Module):
     """Self-attention over the H*W positions, added to its input: [B, C, H, W] -> the same."""
     def __init__(self, c, config):
         super().__init__()
-        self.heads = c // (config.head_dim or c)
-        self.norm = GroupNorm(config.groups, c, eps=config.norm_eps)
+        self.norm = GroupNorm(config.groups, c, eps=1e-6)
         self.qkv = nn.Linear(c, 3 * c)
         self.out = zero_init(nn.Linear(c, c))
 
     def forward(self, x):
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = rearrange(self.qkv(h), "b n (three heads d) -> three b heads n d",
-                            three=3, heads=self.heads)
+        # one head, whose axis the fused kernels expect
+        q, k, v = rearrange(self.qkv(h), "b n (three c) -> three b 1 n c", three=3)
         if x.device.type == "cpu" and h.shape[1] <= 1024:    # the fused kernel is slower
             h = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
         else:
-            h = F.scaled_dot_product_attention(q, k, v)    # [B, heads, H*W, head_dim]
-        h = self.out(rearrange(h, "b heads n d -> b n (heads d)"))
+            h = F.scaled_dot_product_attention(q, k, v)
+        h = self.out(h.squeeze(1))                      # [B, H*W, C]
         return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Downsample(nn.Conv2d):
-    """[B, C, H, W] -> [B, C, H/2, W/2]. Padding 0: a border right and below only, as in DDPM."""
-    def __init__(self, c, padding=0):
-        super().__init__(c, c, 3, stride=2, padding=padding)
+    """[B, C, H, W] -> [B, C, H/2, W/2], with a border right and below only, as in DDPM."""
+    def __init__(self, c):
+        super().__init__(c, c, 3, stride=2)
 
     def forward(self, x):
-        return super().forward(x if self.padding[0] else F.pad(x, (0, 1, 0, 1)))
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Conv2d):
@@ -174,14 +134,15 @@ class Level(nn.Module):
 
 class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
-        """Raises ValueError where the config does not fit together, see `check`."""
+        """Raises ValueError where config.groups does not divide all of config.channels."""
         super().__init__()
-        check(config)
         self.config = config
+        levels = list(enumerate(config.channels))
+        # images are padded until every level can halve them
+        self.pad = -config.image_size % (config.patch * 2 ** (len(levels) - 1))
         c_image = config.image_channels * config.patch ** 2
         c = config.channels[0]
         time_dim = 4 * c
-        levels = list(enumerate(config.channels))
 
         self.time = nn.Sequential(nn.Linear(c, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.conv_in = nn.Conv2d(c_image, c, 3, padding=1)
@@ -191,7 +152,7 @@ class UNet(nn.Module):
         for i, c_out in levels:
             c_ins = [c] + [c_out] * (config.blocks - 1)
             last = i == len(levels) - 1
-            resample = None if last else Downsample(c_out, config.downsample_padding)
+            resample = None if last else Downsample(c_out)
             self.down.append(Level(c_ins, c_out, time_dim, i in config.attention, resample, config))
             skip_channels += [c_out] * (config.blocks if last else config.blocks + 1)
             c = c_out
@@ -207,15 +168,19 @@ class UNet(nn.Module):
             self.up.append(Level(c_ins, c_out, time_dim, i in config.attention, resample, config))
             c = c_out
 
-        self.norm_out = GroupNorm(config.groups, c, eps=config.norm_eps)
+        self.norm_out = GroupNorm(config.groups, c, eps=1e-6)
         self.conv_out = zero_init(nn.Conv2d(c, c_image, 3, padding=1))
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t [B, C, H, W], t [B] in [0, T) -> eps or v, as the network was trained, like x_t."""
-        config, pad, patch = self.config, self.config.pad, self.config.patch
-        emb = timestep_embedding(t, config.channels[0], config.freq_shift, config.flip_sin_to_cos)
-        emb = F.silu(self.time(emb))                    # [B, 4 * channels[0]]
-        h = F.pad(x_t, (pad, pad, pad, pad))
+    def embed(self, t: torch.Tensor) -> torch.Tensor:
+        """t [B] -> [B, 4 * channels[0]]: what all blocks are told. Add a condition here."""
+        return self.time(timestep_embedding(t, self.config.channels[0]))
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, **condition) -> torch.Tensor:
+        """x_t [B, C, H, W], t [B] in [0, T) -> eps or v, as the network was trained, like x_t.
+        condition: more arguments of embed."""
+        patch, first, last = self.config.patch, self.pad // 2, self.pad - self.pad // 2
+        emb = F.silu(self.embed(t, **condition))
+        h = F.pad(x_t, (first, last, first, last))
         h = rearrange(h, "b c (h p) (w q) -> b (c p q) h w", p=patch, q=patch)
         h = self.conv_in(h)                             # [B, channels[0], H', W']
 
@@ -237,4 +202,4 @@ class UNet(nn.Module):
 
         h = self.conv_out(F.silu(self.norm_out(h)))
         h = rearrange(h, "b (c p q) h w -> b c (h p) (w q)", p=patch, q=patch)
-        return F.pad(h, (-pad, -pad, -pad, -pad))       # cuts the border off
+        return F.pad(h, (-first, -last, -first, -last))    # cuts the border off

@@ -27,7 +27,6 @@ def test_every_size_gives_128_features(channels, size, strided):
     model = Classifier(channels, size, n_outputs=5, strided=strided).eval()
     logits, features = model(torch.randn(2, channels, size, size))
     assert logits.shape == (2, 5) and features.shape == (2, 128) and features.min() == 0
-    assert model.out.weight.shape == (5, 128)
 
 
 def test_large_images_are_averaged():
@@ -37,21 +36,14 @@ def test_large_images_are_averaged():
     torch.testing.assert_close(model(x)[0], model(F.avg_pool2d(x, 2))[0])
 
 
-def test_training_separates_bright_from_dark(capsys):
+def test_training_separates_bright_from_dark():
     torch.manual_seed(0)
     images = torch.randint(100, (64, 1, 8, 8), dtype=torch.uint8)
     images[::2] += 100
     labels = torch.arange(64) % 2
     model = Classifier(1, 8, n_outputs=2)
-    steps = []
-
-    def batch_loss(step):
-        steps.append(step)
-        return F.cross_entropy(model(images / 127.5 - 1)[0], labels)
-
-    trained = train_classifier(model, batch_loss, steps=20, lr=1e-2, name="toy")
-    assert trained is model and not model.training and steps == list(range(20))
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert "toy: step 20/20" in capsys.readouterr().err
+    train_classifier(model, lambda _: F.cross_entropy(model(images / 127.5 - 1)[0], labels),
+                     steps=20, lr=1e-2)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     logits, features = predict(model, images.split(50))
     assert torch.equal(logits.argmax(1), labels) and features.shape == (64, 128)

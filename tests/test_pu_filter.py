@@ -1,13 +1,17 @@
-"""The filter's risk in closed form, cross-fitting, and its files of scores."""
+"""The filter's risk in closed form, cross-fitting, its files of scores, and training by them."""
+import shlex
+
 import pytest
 import torch
-from conftest import refused
+from conftest import SMALL, overhear, refused, run
 
 import data
 from classifier import distort
-from pu_filter import cross_scores, nnpu_loss, read_scores
+from images import save_png, to_uint8
+from pu_filter import cross_fit, nnpu_loss
+from runtime import UserError
 
-CPU = torch.device("cpu")
+SETS = ["--n_unlabeled", 600, "--n_labeled", 100]    # what the scores are for
 
 
 @pytest.mark.parametrize("prior", [0.1, 0.5, 0.8])
@@ -24,53 +28,43 @@ def test_below_zero_it_descends_on_minus_the_difference_alone():
     z_u = torch.full((4,), -3.0, requires_grad=True)
     z_s = torch.full((2,), 2.0, requires_grad=True)
     loss = nnpu_loss(z_u, z_s, 0.5)
-    difference = (torch.sigmoid(z_u).mean() - 0.5 * torch.sigmoid(z_s).mean()) / 0.5
+    difference = 2 * torch.sigmoid(z_u).mean() - torch.sigmoid(z_s).mean()
     assert difference < 0 and loss.item() == pytest.approx(-0.5 * difference.item())
     loss.backward()
     assert (z_u.grad < 0).all() and (z_s.grad > 0).all()
 
 
-def test_distorted_images_stay_images_and_differ():
+def test_distorted_images_stay_images_and_are_mirrored_if_asked():
     torch.manual_seed(0)
-    x = torch.rand(6, 3, 12, 12) * 2 - 1
-    y = distort(x, hflip=True)
-    assert y.shape == x.shape and y.min() >= -1 - 1e-5 and y.max() <= 1 + 1e-5
-    assert all((a != b).any() for a, b in zip(x, y))
+    x = torch.rand(40, 3, 12, 12) * 2 - 1
+    x[..., :6] = 1    # bright on the left
+    for hflip in [False, True]:
+        y = distort(x, hflip)
+        assert y.shape == x.shape and y.min() >= -1 - 1e-5 and y.max() <= 1 + 1e-5
+        assert (y != x).flatten(1).any(1).all()
+        on_the_right = (y[..., 6:].mean((1, 2, 3)) > y[..., :6].mean((1, 2, 3))).sum()
+        assert 10 < on_the_right < 30 if hflip else on_the_right == 0
     black = torch.full((2, 1, 8, 8), -1.0)
-    assert torch.equal(distort(black, False), black)
+    assert torch.equal(distort(black, True), black)
 
 
-def test_cross_fitting_finds_the_hidden_ones():
-    """Images that are bright above are sensitive."""
-    generator = torch.Generator().manual_seed(0)
-    is_sensitive = torch.rand(1200, generator=generator) < 0.5
-    images = torch.randint(100, (1200, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    images[is_sensitive, :, :4] += 100
-    s = is_sensitive.nonzero()[:200, 0]
-    u = torch.tensor(sorted(set(range(1200)) - set(s.tolist())))
-    torch.manual_seed(0)
-    z_u, z_s = cross_scores(images, u, s, 0.4, False, 40, CPU)
-    assert ((z_u > 0) == is_sensitive[u]).float().mean() > 0.97 and (z_s > 0).float().mean() > 0.95
+def test_no_image_is_scored_by_a_network_that_was_trained_on_it():
+    """The network answers 1 for the images that it was trained on, and 0 for others."""
+    class Memory(torch.nn.Linear):    # has parameters, by which predict finds the device
+        def forward(self, x):
+            return torch.isin(to_uint8(x[:, :1, 0, 0]), torch.cat(self.others)).float(), x
 
+    def train(others, name):
+        memory = Memory(1, 1)
+        memory.others = others
+        sizes.append(list(map(len, others)))
+        return memory
 
-def test_the_command_scores_real_digits(scores):
-    path, printed = scores
-    saved = torch.load(path)
-    assert len(saved["z_u"]) == len(saved["u"]) == 600
-    assert len(saved["z_s"]) == len(saved["s"]) == 100
-    assert (path.parent / "dropped.png").stat().st_size > 1000
-    rows = [list(map(float, line.split())) for line in printed.splitlines()[1:8]]
-    mnist = data.load("mnist")
-    odd = mnist.train_labels[saved["u"]] % 2 == 1
-    order = saved["z_u"].argsort()
-    for keep, by_s, by_labels, normal in rows:
-        some = order[:round(keep * 600)]
-        assert by_labels == pytest.approx(odd[some].float().mean().item(), abs=1e-4)
-        assert normal == pytest.approx(((~odd[some]).sum() / 300).item(), abs=1e-4)
-        passed = (saved["z_s"] <= saved["z_u"][some[-1]]).float().mean().item()
-        assert by_s == pytest.approx(0.5 * passed / keep, abs=1e-4)
-        assert by_s == pytest.approx(by_labels, abs=0.2)    # three standard errors of 100 images
-    assert rows[4][2] < 0.4    # even 10 steps are better than chance
+    sizes = []
+    images, parts = torch.arange(105).byte().view(-1, 1, 1, 1), torch.arange(105).split([100, 5])
+    logits = cross_fit(images, parts, train)
+    assert [z.tolist() for z in logits] == [100 * [0], 5 * [0]]
+    assert [sum(counts) for counts in zip(*sizes)] == [300, 15]    # each trains three of four
 
 
 @pytest.mark.parametrize("prior", [0.2, 0.5])
@@ -79,59 +73,98 @@ def test_the_risk_of_what_is_kept_is_exact(prior):
     the loss on the kept normal images."""
     torch.manual_seed(0)
     n, s = (torch.rand(round(1000 * p), 2, dtype=torch.float64) for p in (1 - prior, prior))
-    u = torch.cat([n, s])    # columns: score, l
+    sets = dict(n=n, s=s, u=torch.cat([n, s]))    # columns: score, l
+    kept = {name: (x[:, 0] < 0.4).double().mean() for name, x in sets.items()}
+    loss = {name: x[x[:, 0] < 0.4, 1].mean() for name, x in sets.items()}
+    kept_prior = prior * kept["s"] / kept["u"]
+    difference = (loss["u"] - kept_prior * loss["s"]) / (1 - kept_prior)
+    assert difference.item() == pytest.approx(loss["n"].item(), rel=1e-12)
 
-    def mean(x):
-        return x[x[:, 0] < 0.4, 1].mean()
 
-    def kept(x):
-        return (x[:, 0] < 0.4).double().mean()
+def test_the_table_of_real_digits(scores):
+    path, printed = scores
+    saved = torch.load(path)
+    rows = [list(map(float, line.split())) for line in printed.splitlines()[2:9]]
+    odd = data.load("mnist").train_labels[saved["u"]] % 2 == 1
+    order = saved["z_u"].argsort()
+    for keep, by_s, by_labels, normal in rows:
+        n_odd = odd[order[:round(keep * 600)]].sum().item()
+        assert by_labels == pytest.approx(n_odd / round(keep * 600), abs=1e-4)
+        assert normal == pytest.approx((round(keep * 600) - n_odd) / 300, abs=1e-4)
+        assert by_s == pytest.approx(by_labels, abs=0.2)    # three standard errors of 100 images
+    assert rows[4][2] < 0.4    # better than chance
 
-    kept_prior = prior * kept(s) / kept(u)
-    difference = (mean(u) - kept_prior * mean(s)) / (1 - kept_prior)
-    assert difference.item() == pytest.approx(mean(n).item(), rel=1e-12)
+
+def test_left_and_right_are_told_apart(tmp_path):
+    """In U, every other arrow points to the left. In S, all do."""
+    torch.manual_seed(0)
+    row, column = torch.arange(16)[:, None], torch.arange(16)
+    left = ((row - 8).abs() <= column - 4) & (column < 12)
+    for i in range(120):
+        arrow = left if i % 2 == 0 or i >= 80 else left.flip(1)
+        path = tmp_path / ("unlabeled" if i < 80 else "sensitive") / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_png((150 * arrow + torch.randint(60, (1, 16, 16))).byte(), path)
+    flags = ["pu_filter.py", "--dataset", "folder", "--data_dir", tmp_path, "--image_size", 16,
+             "--prior", 0.5, "--device", "cpu"]
+    printed = run(*flags, "--steps", 20, "--out_dir", tmp_path / "my scores").stdout
+    path = tmp_path / "my scores" / "scores.pt"
+    assert torch.equal(torch.load(path)["z_u"] > 0, torch.arange(80) % 2 == 0)
+    assert str(path) in shlex.split(printed.replace(",", ""))    # of a command to copy
+    mirrored = run(*flags, "--steps", 1, "--hflip", "--out_dir", tmp_path / "mirrored").stdout
+    assert [text.split("\n")[0].count("mirrored") for text in (printed, mirrored)] == [0, 1]
+
+
+def test_what_can_be_refused_is_refused_before_the_work(scores, tmp_path):
+    refused("need at least 4", "pu_filter.py", "--n_labeled", 3, "--out_dir", tmp_path / "run")
+    refused("already holds scores", "pu_filter.py", "--out_dir", scores[0].parent)
+    result = run("pu_filter.py", "--steps", 1, "--out_dir", "/proc", check=False)    # read-only
+    assert result.returncode == 1 and "fold 1" not in result.stderr
 
 
 @pytest.fixture(scope="module")
-def digits():
-    """Returns MNIST, and the U and S that the scores belong to."""
+def ordered(tmp_path_factory):
+    """Writes scores: a quarter of S is below the median of U -> file, content, images."""
     mnist = data.load("mnist")
     u, s, _ = data.split("mnist", mnist, prior=0.5, n_unlabeled=600, n_labeled=100)
-    return mnist, u, s
+    saved = dict(u=u, s=s, z_u=torch.linspace(-3, 3, 600), z_s=torch.linspace(-1, 3, 100),
+                 digest=data.digest(mnist.train))
+    path = tmp_path_factory.mktemp("scores") / "scores.pt"
+    torch.save(saved, path)
+    return path, saved, mnist.train
 
 
-def test_read_scores_cuts_u_and_s_at_the_same_score(scores, digits):
-    mnist, u, s = digits
-    saved = torch.load(scores[0])
-    kept_u, kept_s = read_scores(scores[0], mnist, u, s, 0.5)
-    threshold = saved["z_u"].sort().values[299]
-    assert torch.equal(kept_u, u[saved["z_u"] <= threshold]) and len(kept_u) == 300
-    assert torch.equal(kept_s, s[saved["z_s"] <= threshold])
-
-
-def test_read_scores_refuses_what_is_none_and_other_images(scores, digits, tmp_path):
-    mnist, u, s = digits
+def test_u_and_s_are_cut_at_the_same_score_and_other_scores_are_refused(ordered, tmp_path):
+    path, saved, images = ordered
+    u, s = data.read_scores(path, images, saved["u"], saved["s"], 0.5)
+    assert torch.equal(u, saved["u"][:300]) and torch.equal(s, saved["s"][:25])
     bad = tmp_path / "bad.pt"
-    with pytest.raises(FileNotFoundError, match="bad.pt does not exist: pu_filter.py writes it"):
-        read_scores(bad, mnist, u, s, 0.5)
-    bad.write_text("garbage")
-    with pytest.raises(OSError, match="bad.pt is not what pu_filter.py writes"):
-        read_scores(bad, mnist, u, s, 0.5)
-    with pytest.raises(ValueError, match="is for other images"):
-        read_scores(scores[0], mnist, u.flip(0), s, 0.5)
-    with pytest.raises(ValueError, match="is for other images"):
-        read_scores(scores[0], mnist, u, s.flip(0), 0.5)
-    saved = torch.load(scores[0])
-    for damage, error, words in [({"images": ""}, ValueError, "is for other images"),
-                                 ({"z_u": saved["z_s"]}, OSError, "is not what pu_filter.py wr"),
-                                 ({"z_s": saved["z_s"] / 0}, OSError, "bad.pt holds numbers that")]:
+    for damage in [{"digest": ""}, {"u": u}, {"s": s}, {"z_s": saved["z_s"] / 0}]:
         torch.save(saved | damage, bad)
-        with pytest.raises(error, match=words):
-            read_scores(bad, mnist, u, s, 0.5)
+        with pytest.raises(UserError, match="bad.pt"):
+            data.read_scores(bad, images, saved["u"], saved["s"], 0.5)
+    refused("is for other images", "train.py", *SMALL, *SETS, "--seed", 1, "--scores", path,
+            "--out_dir", tmp_path / "run")
 
 
-def test_bad_command_lines(scores, tmp_path):
-    before = scores[0].read_bytes()
-    refused(2, "need at least 4", "pu_filter.py", "--n_labeled", 3, "--out_dir", tmp_path / "run")
-    refused(2, "already holds scores", "pu_filter.py", "--out_dir", scores[0].parent)
-    assert scores[0].read_bytes() == before and torch.load(scores[0])["z_u"].isfinite().all()
+def test_training_sees_what_is_kept_and_nothing_else(ordered, tmp_path, monkeypatch):
+    path, saved, images = ordered
+    kept_u, kept_s = ({image.numpy().tobytes() for image in images[index]}
+                      for index in [saved["u"][:300], saved["s"][:25]])
+    for x_0, _, _ in overhear(monkeypatch, *SETS, "--batch_size", 100, "--scores", path, "--keep",
+                              "0.5", "--max_steps", 2, "--out_dir", tmp_path / "run"):
+        shown = [image.contiguous().numpy().tobytes() for image in to_uint8(x_0)]
+        # with the prior that is left, 0.25, S has a share of 0.2, rounded up to sixteenths
+        assert set(shown[:76]) <= kept_u and set(shown[76:]) <= kept_s and len(set(shown)) > 50
+    ckpt = torch.load(tmp_path / "run" / "ckpt.pt")
+    assert ckpt["args"]["loss_prior"] == 0.5 and ckpt["loss_prior"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("keep, n_kept", [(0.3, 0), (0.335, 1)])
+def test_too_little_of_s_is_refused_and_not_worked_around(ordered, tmp_path, keep, n_kept):
+    """train.py never changes the objective silently: the user must choose."""
+    flags = ["train.py", *SMALL, *SETS, "--max_steps", 2, "--scores", ordered[0], "--keep", keep,
+             "--out_dir", tmp_path / "run"]
+    refused(f"{n_kept} images of S", *flags)
+    assert not (tmp_path / "run").exists()
+    run(*flags, "--algorithm", "unsupervised")

@@ -1,24 +1,18 @@
 """The PU risk: values and gradients against closed forms, and what the risk is for."""
 import math
-from functools import partial
 
 import pytest
 import torch
-import torch.nn as nn
 
-from diffusion import GaussianDiffusion
 from pu_loss import limited, log1mexp, pu_loss, supervised_loss
 
 # x, log(1 - exp(-x)) and its derivative 1 / (exp(x) - 1), computed with mpmath at 60 digits
 LOG1MEXP = [
     (1e-12, -27.631021115929048, 999999999999.5),
     (1e-6, -13.815511057964232, 999999.50000008333),
-    (1e-3, -6.9082552373154707, 999.50008333333194),
     (0.1, -2.3521684610440908, 9.5083319447750496),
-    (0.5, -0.93275212956718857, 1.5414940825367983),
     (0.7, -0.68634100280838511, 0.9864338636344633),
     (1.0, -0.45867514538708189, 0.58197670686932642),
-    (2.0, -0.14541345786885906, 0.15651764274966565),
     (10.0, -4.540096037048921e-5, 4.5401991009687768e-5),
     (50.0, -1.9287498479639178e-22, 1.9287498479639178e-22),
     (1e6, 0.0, 0.0),
@@ -35,40 +29,20 @@ def test_log1mexp_value_and_gradient(dtype, rtol):
     torch.testing.assert_close(x.grad.double(), gradient, rtol=10 * rtol, atol=1e-44)
 
 
-def test_log1mexp_is_finite_everywhere():
-    special = torch.tensor([0.0, 1e-45, 1e-38, math.log(2), 88, 104, 1e30])
-    x = torch.cat([special, torch.logspace(-12, 6, 1000)])
-    x.requires_grad_()
-    y = log1mexp(x)
-    y.sum().backward()
-    assert y.isfinite().all() and (y <= 0).all()
-    assert x.grad.isfinite().all() and (x.grad >= 0).all()
-
-
-def mixture(prior):
-    """Returns parameters to differentiate by, and a model's losses on 120 images: normal ones and
-    sensitive ones, a fraction `prior` of all."""
-    torch.manual_seed(0)
-    theta = torch.tensor([1.5, -0.3], dtype=torch.float64, requires_grad=True)
-
-    def loss(x):
-        return (x @ theta).square()
-
-    n_s = round(120 * prior)
-    x_n, x_s = (torch.randn(n, 2, dtype=torch.float64) for n in (120 - n_s, n_s))
-    return theta, loss(x_n), loss(x_s)
-
-
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 @pytest.mark.parametrize("prior", [0.1, 0.5, 0.9])
 def test_on_a_literal_mixture_the_pu_risk_is_the_risk_with_all_labels(prior, correction):
     """U = N + S: with the right prior, value and gradient equal those of the supervised risk."""
-    theta, loss_n, loss_s = mixture(prior)
+    torch.manual_seed(0)
+    theta = torch.tensor([1.5, -0.3], dtype=torch.float64, requires_grad=True)
+    n_s = round(120 * prior)
+    loss_u = (torch.randn(120, 2, dtype=torch.float64) @ theta).square()
+    loss_s, loss_n = loss_u.split([n_s, 120 - n_s])
     expected = (1 - prior) * loss_n.mean() + prior * -log1mexp(loss_s).mean()
-    risk = pu_loss(torch.cat([loss_n, loss_s]), loss_s, prior, correction)
+    risk = pu_loss(loss_u, loss_s, prior, correction)
     torch.testing.assert_close(risk, expected, rtol=1e-14, atol=0)
-    (expected_gradient,) = torch.autograd.grad(expected, theta, retain_graph=True)
-    (gradient,) = torch.autograd.grad(risk, theta)
+    gradient, expected_gradient = (torch.autograd.grad(value, theta, retain_graph=True)[0]
+                                   for value in (risk, expected))
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-14)
 
 
@@ -94,12 +68,13 @@ def test_value_and_gradient_on_both_sides_of_the_kink(correction, side, sign, se
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
 def test_risk_and_gradient_are_finite_for_any_losses(correction):
-    loss = torch.cat([torch.zeros(1), torch.logspace(-12, 6, 50)])
+    loss = torch.cat([torch.tensor([0, 1e-45, 1e-38, math.log(2)]), torch.logspace(-12, 30, 50)])
     for scale_u, scale_s in [(1, 1), (1, 0), (0, 1), (1e-6, 1)]:
         loss_u, loss_s = (loss * scale_u).requires_grad_(), (loss * scale_s).requires_grad_()
         risk = pu_loss(loss_u, loss_s, 0.5, correction)
         risk.backward()
         assert risk.isfinite() and loss_u.grad.isfinite().all() and loss_s.grad.isfinite().all()
+        assert (log1mexp(loss_s) <= 0).all()
 
 
 def test_the_supervised_loss():
@@ -108,66 +83,6 @@ def test_the_supervised_loss():
     assert supervised_loss(loss_u, loss_s, 1 / 4).item() == expected
     # the number of images that are drawn from S does not matter
     assert supervised_loss(loss_u, loss_s.repeat(9), 1 / 4).item() == expected
-
-
-def test_bad_arguments_are_refused():
-    for prior in (0.0, 1.0, 1.5, -0.1, math.nan):
-        with pytest.raises(ValueError, match="prior must lie strictly between 0 and 1"):
-            pu_loss(torch.ones(2), torch.ones(2), prior)
-    with pytest.raises(ValueError, match="'max'.*abs, nn or none"):
-        pu_loss(torch.ones(2), torch.ones(2), 0.5, "max")
-
-
-# The method in two dimensions: normal points lie around (-0.5, 0), sensitive ones around (0.5, 0)
-
-class ToyNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        sizes = [2 + 16, 128, 128, 128]
-        hidden = []
-        for a, b in zip(sizes, sizes[1:]):
-            hidden += [nn.Linear(a, b), nn.SiLU()]
-        self.net = nn.Sequential(*hidden, nn.Linear(128, 2))
-
-    def forward(self, x, t):
-        angles = t[:, None] / 1000 * math.pi * torch.arange(1, 9)
-        return self.net(torch.cat([x, angles.sin(), angles.cos()], dim=1))
-
-
-def blob(n, x):
-    return torch.tensor([x, 0.0]) + 0.1 * torch.randn(n, 2)
-
-
-def share_of_sensitive_samples(method, steps=400, batch=256):
-    """Trains on U (half of it sensitive) and S, and samples 2,000 points. Returns the fraction of
-    points on the sensitive side."""
-    torch.manual_seed(0)
-    points_u = torch.cat([blob(5000, -0.5), blob(5000, 0.5)])
-    points_s = blob(1000, 0.5)
-    diffusion, model = GaussianDiffusion(), ToyNet()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        x = torch.cat([points_u[torch.randint(len(points_u), (batch,))],
-                       points_s[torch.randint(len(points_s), (batch,))]])
-        t, eps = torch.randint(1000, (batch,)).repeat(2), torch.randn(batch, 2).repeat(2, 1)
-        loss_u, loss_s = diffusion.per_image_loss(model, x, t, eps).split(batch)
-        optimizer.zero_grad()
-        method(loss_u, loss_s).backward()
-        optimizer.step()
-        schedule.step()
-    x = diffusion.sample(model, (2000, 2), steps=20)
-    assert (x[:, 1].std() - 0.1).abs() < 0.05    # the points still form a blob
-    return (x[:, 0] > 0).double().mean().item()
-
-
-def test_pu_training_removes_the_sensitive_blob():
-    assert share_of_sensitive_samples(partial(pu_loss, prior=0.5)) < 0.03
-
-
-def test_unsupervised_training_reproduces_it():
-    share = share_of_sensitive_samples(lambda loss_u, loss_s: loss_u.mean())
-    assert 0.4 < share < 0.6
 
 
 @pytest.mark.parametrize("correction", ["abs", "nn", "none"])
@@ -183,23 +98,32 @@ def test_parts_of_a_batch_average_to_the_whole(correction, shift):
     assert min(differences) < 0 < max(differences)
     negative = u.mean() - 0.5 * s.mean() < 0
     assert negative == (shift < 0)
-    risk = pu_loss(u, s, 0.5, correction)
-    parts = torch.stack([pu_loss(a, b, 0.5, correction, negative=negative)
-                         for a, b in zip(u.split(4), s.split(4))]).mean()
-    gradients = [torch.autograd.grad(value, theta, retain_graph=True)[0]
-                 for value in (risk, parts)]
+
+    def mean_of_parts(negative):
+        return torch.stack([pu_loss(a, b, 0.5, correction, negative)
+                            for a, b in zip(u.split(4), s.split(4))]).mean()
+
+    risk, parts = pu_loss(u, s, 0.5, correction), mean_of_parts(negative)
     torch.testing.assert_close(parts, risk)
-    torch.testing.assert_close(*gradients)
-    if correction != "none":    # with their own signs they are not
-        alone = torch.stack([pu_loss(a, b, 0.5, correction)
-                             for a, b in zip(u.split(4), s.split(4))]).mean()
-        assert abs(alone - risk) > 0.01
+    gradient, of_parts = (torch.autograd.grad(value, theta, retain_graph=True)[0]
+                          for value in (risk, parts))
+    torch.testing.assert_close(of_parts, gradient)
+    if correction == "abs":    # with their own signs, they are larger
+        assert mean_of_parts(None) > risk + 0.01
 
 
 def test_the_limit_depends_on_the_timestep_and_stops_the_gradient():
     loss = torch.tensor([5.0, 30.0, 30.0, 100.0], requires_grad=True)
     t = torch.tensor([0, 499, 500, 999])
-    capped = limited(loss, t, typical=torch.tensor([10.0, 20.0]), limit=2)
+    capped = limited(loss, t, typical=torch.tensor([10.0, 20.0]), limit=2, T=1000)
     assert capped.tolist() == [5, 20, 30, 40]
     capped.sum().backward()
     assert loss.grad.tolist() == [1, 0, 1, 0]
+
+
+def test_bad_arguments_are_refused():
+    for prior in (0.0, 1.0, 1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match="prior must lie strictly between 0 and 1"):
+            pu_loss(torch.ones(2), torch.ones(2), prior)
+    with pytest.raises(ValueError, match="'max'.*abs, nn or none"):
+        pu_loss(torch.ones(2), torch.ones(2), 0.5, "max")

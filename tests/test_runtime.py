@@ -1,129 +1,200 @@
-"""What the scripts share: errors, signals, devices, precision, argument types."""
+"""What the scripts share: errors, flags, the log, whole files, signals, ranks, precision."""
 import argparse
-import os
+import json
+import random
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SIGNALS, torchrun
 
-import files
 import runtime
-from runtime import exit_status, find_device
+from runtime import UserError
 
+CPU = torch.device("cpu")
 
-@pytest.mark.parametrize("error, status", [
-    (ValueError("no such colour"), 2), (OSError("no such file"), "tool.py: error: no such file"),
-    (KeyboardInterrupt(), "tool.py: interrupted")])
-def test_errors_become_an_exit_status_and_a_sentence(error, status, capsys):
-    with pytest.raises(SystemExit) as exit, exit_status(argparse.ArgumentParser("tool.py")):
-        raise error
-    assert exit.value.code == status    # a text goes to stderr and means status 1
-    assert ("tool.py: error: no such colour" in capsys.readouterr().err) == (status == 2)
-
-
-@pytest.mark.parametrize("empty", [torch.empty, np.empty])
-def test_too_little_memory_is_a_sentence_too(empty):
-    with pytest.raises(SystemExit, match="out of memory: try a smaller --batch_size"):
-        with exit_status(argparse.ArgumentParser()):
-            empty(2 ** 50)
-    with pytest.raises(RuntimeError, match="a bug"), exit_status(argparse.ArgumentParser()):
-        raise RuntimeError("a bug")
-
-
-PRINTS = r"""import argparse
-from runtime import *
-with exit_status(argparse.ArgumentParser("tool.py")):
-    for line in ["собака", os.fsdecode(b"caf\xe9"), "last"]:
-        say(line)
-        print(line, file=sys.stderr)
-    raise OSError("собака is missing")
+ERRORS = """
+import os, runtime
+for code in ["raise runtime.UserError('no such colour')", "open('nowhere')", "bytes(2 ** 60)",
+             "raise ValueError('a bug')"]:
+    if os.fork() == 0:
+        exec(code)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_text_that_stdout_cannot_take(full, tmp_path):
-    """An old encoding, or a full disk behind it: no traceback, and the program goes on."""
-    if full and not os.path.exists("/dev/full"):
-        pytest.skip("only Linux has /dev/full")
-    path = "/dev/full" if full else tmp_path / "out.txt"
-    old = os.environ | {"PYTHONIOENCODING": "ascii"}
-    with open(path, "wb") as out:
-        ended = subprocess.run([sys.executable, "-c", PRINTS], cwd=ROOT, env=old, stdout=out,
-                               stderr=subprocess.PIPE, text=True)
-    dog = ascii("собака")[1:-1]
-    lines = [dog, r"caf\udce9", "last"]
-    assert ended.stderr.splitlines() == [*lines, f"tool.py: error: {dog} is missing"]
-    assert ended.returncode == 1 and (full or path.read_text().splitlines() == lines)
+def test_errors_for_a_person_are_one_sentence_and_bugs_keep_their_traceback():
+    ended = subprocess.run([sys.executable, "-c", ERRORS], cwd=ROOT, capture_output=True, text=True)
+    user, system, memory, *bug = ended.stderr.splitlines()
+    assert user == "-c: error: no such colour"
+    assert system == "-c: error: [Errno 2] No such file or directory: 'nowhere'"
+    assert "out of memory" in memory
+    assert bug[0].startswith("Traceback") and bug[-1] == "ValueError: a bug"
+    assert ended.stdout.split() == ["1", "1", "1", "1"]
 
 
-CHILD = """import sys, time
-from files import *
-from runtime import *
-lock, watch = lock_folder(Path(sys.argv[1])), SignalWatch()
-while True:
-    say(watch.number)
-    time.sleep(0.1)
+def test_flags(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert runtime.user_path("~/runs") == Path("/somewhere/runs")
+    assert [runtime.number(text) for text in ["0", "1/2", "7"]] == [0, 0.5, 7]
+    assert [runtime.fraction(text) for text in ["1/11", "0.5"]] == [1 / 11, 0.5]
+    for text in ["0", "1", "-1", "nan", "inf", "x"]:
+        with pytest.raises(ValueError):
+            runtime.fraction(text)
+    for bad in [0, -1, float("nan")]:
+        with pytest.raises(UserError, match="--n must be positive"):
+            runtime.require_positive(argparse.Namespace(n=bad, m=None), "m", "n")
+
+
+def test_the_arguments_of_a_run_are_readable(tmp_path):
+    args = argparse.Namespace(out_dir=Path("out/a b"), prior=0.5, scores=None, resume=True)
+    runtime.save_args(args, CPU, tmp_path / "args.json")
+    about = json.loads((tmp_path / "args.json").read_text())
+    assert about["flags"] == dict(out_dir="out/a b", prior=0.5, scores=None, resume=True)
+    assert about.keys() == {"flags", "command", "machine", "torch", "commit"}
+    assert about["torch"] == torch.__version__
+
+
+def test_the_log_loses_what_lies_behind_the_checkpoint_and_half_lines(tmp_path):
+    path, columns = tmp_path / "log.csv", ["step", "risk", "difference"]
+    log = runtime.open_log(path, columns, 0)
+    for step in [100, 200, 300]:
+        log.writerow(dict(step=step, risk=step / 8))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"3")    # of 301
+    log = runtime.open_log(path, columns, 200)
+    log.writerow(dict(step=300, risk=300 / 8))
+    assert path.read_bytes() == whole
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path, previous = tmp_path / "file", tmp_path / "previous"
+    for text in "abc":
+        runtime.write_whole(path, lambda part: part.write_text(text), keep=previous)    # noqa: B023
+
+    def fail(part):
+        part.write_text("half")
+        assert path.read_text() == "c"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        runtime.write_whole(path, fail, keep=previous)
+    assert (path.read_text(), previous.read_text()) == ("c", "b")
+    assert sorted(tmp_path.iterdir()) == [path, previous]
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    path, state = tmp_path / "flipped", {"weights": torch.randn(20), "step": 7}
+    runtime.save_whole(state, path)
+    raw, n_refused = bytearray(path.read_bytes()), 0
+    flips = random.Random(0).sample(range(8 * len(raw)), 200)
+    flips += [8 * (i + 38) + 4 for i in range(len(raw)) if raw[i:i + 4] == b"PK\1\2"]    # folders
+    for bit in flips:
+        raw[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+        raw[bit // 8] ^= 1 << bit % 8
+        try:
+            loaded = runtime.load_verified(path, "a test")
+            assert loaded["step"] == 7 and torch.equal(loaded["weights"], state["weights"])
+        except UserError as error:
+            assert str(error) == f"{path} is not a test, or is damaged"
+            n_refused += 1
+    assert n_refused > 100
+    runtime.save_whole({"optimizer": [{"weights": torch.tensor([1, torch.inf])}]}, path)
+    with pytest.raises(UserError, match="not finite"):
+        runtime.load_verified(path, "a test")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+    newest, previous = tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt"
+    with pytest.raises(UserError, match="ckpt.pt does not exist"):
+        runtime.read_newest(tmp_path)
+    for state in ["text", {"weights": torch.ones(2)}]:
+        torch.save(state, newest)
+        with pytest.raises(UserError, match="ckpt.pt is not a checkpoint of train.py"):
+            runtime.read_newest(tmp_path)
+    good = dict(network={}, ema={}, step=3)
+    torch.save(good, previous)
+    for _ in range(2):    # damaged, then missing
+        assert runtime.read_newest(tmp_path) == good
+        assert "ckpt_prev.pt, is used instead" in capsys.readouterr().out
+        newest.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def handlers():
+    """Signals do nothing at first, whatever started pytest."""
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_noted_and_a_late_second_one_exits(handlers, number):
+    watch = runtime.SignalWatch()
+    assert watch.received(1, CPU) == 0
+    for _ in range(2):    # torchrun sends it once more
+        signal.raise_signal(number)
+    assert watch.received(1, CPU) == number
+    watch.start -= 2
+    with pytest.raises(SystemExit) as exit:
+        signal.raise_signal(signal.SIGTERM)
+    assert exit.value.code == 128 + signal.SIGTERM
+
+
+def test_what_nohup_ignores_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    watch = runtime.SignalWatch()
+    signal.raise_signal(signal.SIGHUP)
+    assert watch.number == 0
+
+
+RANK = """
+import signal, sys, time, torch, runtime
+from pathlib import Path
+downloaded, left = Path(sys.argv[1], "downloaded"), Path(sys.argv[1], "left")
+device = runtime.find_device("cpu")
+rank, world = runtime.ranks()
+
+def slow_touch(path):
+    time.sleep(0.5)
+    path.touch()
+
+with runtime.first_rank_first():
+    if rank == 0:
+        slow_touch(downloaded)
+    assert downloaded.exists()
+watch = runtime.SignalWatch()
+if rank == 1:
+    signal.raise_signal(signal.SIGUSR1)
+assert watch.received(9, torch.device("cuda")) == 0    # a GPU is not asked at each step
+assert watch.received(9, device) == signal.SIGUSR1
+x = torch.tensor([1.0, 2.0]) + 2 * rank
+assert runtime.mean_over_ranks(x).tolist() == [2, 3] and x[0] == 1 + 2 * rank
+runtime.say(f"rank {rank} of {world}")
+if rank == 0:
+    slow_touch(left)
+runtime.leave_ranks()
+assert left.exists()    # no rank is ahead
 """
 
 
-def test_signals_locks_and_closed_pipes(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path / "run"], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE)
-    try:
-        assert child.stdout.readline() == "0\n"
-        with pytest.raises(ValueError, match="another run uses .*run: wait, or name another"):
-            files.lock_folder(tmp_path / "run")
-        for number in [signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT]:
-            child.send_signal(number)    # two arrive together, and count as one
-        while (line := child.stdout.readline()) == "0\n":
-            pass
-        assert line in ["2\n", "15\n"]
-        child.stdout.close()
-        time.sleep(1.5)
-        assert child.poll() is None
-        (tmp_path / "run" / "ckpt.pt.1.tmp").touch()
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 128 + signal.SIGTERM
-    finally:
-        child.kill()
-    files.lock_folder(tmp_path / "run")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+def test_two_ranks_wait_agree_and_leave_together(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    assert torchrun([tmp_path / "rank.py", tmp_path]) == "rank 0 of 2\n"
+    assert runtime.ranks() == (0, 1)
 
-
-def test_ranks_agree_on_a_signal_that_another_has_caught(monkeypatch):
-    monkeypatch.setattr(runtime, "ranks", lambda: (0, 2))
-    monkeypatch.setattr(runtime.dist, "all_reduce", lambda number, op: number.fill_(signal.SIGTERM))
-    watch = object.__new__(runtime.SignalWatch)    # without its handlers
-    assert watch.received(9, torch.device("cpu")) == signal.SIGTERM
-    assert watch.received(9, torch.device("cuda")) == 0    # a GPU is not asked at each step
-
-
-# -----------------------------------------------------------------------------
-# devices and arguments
 
 def test_find_device():
-    assert find_device("cpu") == torch.device("cpu")
-    assert find_device().type in ("cuda", "mps", "xpu", "cpu")
-    assert runtime.ranks() == (0, 1)
+    assert runtime.find_device("cpu") == CPU
+    assert runtime.find_device().type in ("cuda", "mps", "xpu", "cpu")
     for name in ["banana", "meta", "cuda:99"]:
-        with pytest.raises(ValueError, match=f"--device {name} is not to be had here"):
-            find_device(name)
-
-
-@pytest.mark.parametrize("avx512_bf16, bfloat16_seconds, dtype", [
-    (True, 0.2, "bfloat16"), (True, 1.0, "float32"), (True, 2.0, "float32"),
-    (False, 0.2, "float32"), (None, 0.2, "float32")])
-def test_default_precision_is_the_faster_one(monkeypatch, avx512_bf16, bfloat16_seconds, dtype):
-    seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16_seconds}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": avx512_bf16})
-    monkeypatch.setattr(runtime, "matmul_seconds", lambda dtype: seconds[dtype])
-    assert runtime.default_dtype(torch.device("cpu")) == dtype
-    assert runtime.default_dtype(torch.device("mps")) == "float32"
+        with pytest.raises(UserError, match=f"--device {name} is not available here"):
+            runtime.find_device(name)
 
 
 def test_a_function_that_does_not_compile_is_returned_as_it_is(capsys):
@@ -132,43 +203,3 @@ def test_a_function_that_does_not_compile_is_returned_as_it_is(capsys):
 
     assert runtime.compiled(abs, trial) is abs
     assert "torch.compile fails here: no compiler" in capsys.readouterr().out
-
-
-def test_paths_are_absolute_and_names_stay(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    assert runtime.absolute("here/../new") == tmp_path / "new"
-    assert runtime.absolute_or_name("here") == str(tmp_path / "here")
-    for name in ["google/ddpm-cifar10-32", "a" * 5000]:
-        assert runtime.absolute_or_name(name) == name
-
-
-@pytest.mark.parametrize("name, good, bad, sentence", [
-    ("positive", {"1": 1, "128": 128}, ["0", "-3", "1.5", "x", "1e400", str(2 ** 31)],
-     "0 is not a positive whole number, or is too large"),
-    ("count", {"0": 0, "500": 500}, ["-1", "0.5", "", str(2 ** 31)],
-     "-1 is not a whole number, 0 or more, or is too large"),
-    ("int64", {"0": 0, "-7": -7, str(2 ** 63 - 1): 2 ** 63 - 1}, [str(2 ** 63), "a", "1.0"],
-     f"{2 ** 63} does not fit in 64 bits as a whole number"),
-    ("fraction", {"0.5": 0.5, "1/11": 1 / 11}, ["0", "1", "1/0", "nan", "1e999999999", "x"],
-     "'0' is not a number between 0 and 1, such as 0.5 or 1/11"),
-    ("positive_float", {"2e-3": 2e-3, "1": 1.0}, ["0", "-1", "inf", "1e400", "nan", "x"],
-     "0 is not a positive number"),
-    ("positive_or_inf", {"2": 2.0, "inf": float("inf")}, ["0", "-inf", "nan", "x"],
-     "0 is not a positive number, or inf"),
-    ("below_one", {"0": 0.0, "0.999": 0.999}, ["1", "-0.1", "nan", "x"],
-     "1 is not a number from 0 to below 1"),
-    ("step_or_share", {"0": 0.0, "1/2": 0.5, "7": 7.0}, ["1.5", "-1", "1/0", "nan", "1e999999999"],
-     "1.5 is neither a step nor a share of the steps, such as 1/2"),
-])
-def test_argument_types(capsys, name, good, bad, sentence):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--flag", type=getattr(runtime, name))
-    for text, number in good.items():
-        flag = parser.parse_args([f"--flag={text}"]).flag
-        assert flag == number and type(flag) is type(number)
-    for text in bad:
-        with pytest.raises(SystemExit):
-            parser.parse_args([f"--flag={text}"])
-        error = capsys.readouterr().err
-        assert error.endswith(f"argument --flag: {sentence.replace(bad[0], text, 1)}\n")
