@@ -2,7 +2,7 @@
 Data sets, and their split into an unlabeled set U, a sensitive set S, and normal test images.
 
     data = load("mnist")                          # images and labels
-    u, s, test_normal = split("mnist", data)      # indices; U is half odd digits, S only those
+    u, s, test_normal = split("mnist", data)      # indices; half of U is odd, all of S
     data.train[u], data.train[s]                  # what training sees
 
     python data.py --dataset cifar10 --preview cifar10.png      # look at your data first
@@ -55,7 +55,7 @@ DATASETS = {
         groups={"female": [40 + CELEBA_ATTRIBUTES.index("male")]},    # not_male
         sensitive="female", n_normal=2000, n_labeled=200,
         recipe="large", batch_size=16, hflip=True, image_size=256, channels=3),
-    "folder": dict(    # your own images, split already; channels=1 makes them grey
+    "folder": dict(    # your own images, split already; for grey ones, change channels to 1
         recipe="large", batch_size=128, hflip=False, image_size=32, channels=3),
 }
 
@@ -181,8 +181,10 @@ def read_scores(path: Path, images: torch.Tensor, u: torch.Tensor, s: torch.Tens
     -> the fraction `keep` of u that scores lowest, and those of s that score no higher.
     Raises UserError for another file, or for the scores of other images."""
     scores = runtime.load_verified(path, "what pu_filter.py writes")
-    same = [torch.equal(scores.get("u", s), u), torch.equal(scores.get("s", u), s)]
-    if not all(same) or scores["digest"] != digest(images):
+    if not {"u", "s", "z_u", "z_s", "digest"} <= scores.keys():
+        raise UserError(f"--scores {path} is not what pu_filter.py writes")
+    same = torch.equal(scores["u"], u) and torch.equal(scores["s"], s)
+    if not same or scores["digest"] != digest(images):
         raise UserError(f"--scores {path} is for other images: use the same data flags and --seed")
     threshold = scores["z_u"].kthvalue(math.ceil(keep * len(u))).values
     return u[scores["z_u"] <= threshold], s[scores["z_s"] <= threshold]
@@ -199,7 +201,7 @@ def data_flags(parser):
         help="folder of mnist/ and the others, or of unlabeled/ and sensitive/")
     add("--image_size", type=int, help="pixels (default for a folder: 32, for celeba: 256)")
     add("--hflip", action=argparse.BooleanOptionalAction,
-        help="mirror images at random (default: photographs of the published sets only)")
+        help="mirror images at random (default: only cifar10, stl10, celeba)")
     add("--sensitive", help="classes or groups, with commas (default for mnist: odd)")
     add("--prior", type=runtime.fraction,
         help="fraction of sensitive images in U (default: 0.5; a folder needs it)")

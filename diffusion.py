@@ -40,7 +40,7 @@ class GaussianDiffusion(nn.Module):
     A module without parameters, so that .to(device) moves its tables."""
 
     def __init__(self, schedule="linear", prediction: str = "eps", T: int = 1000):
-        """schedule: a name that noise_schedule knows, or alpha_bar itself [T].
+        """schedule: a name that noise_schedule knows, or alpha_bar itself [T], falling below 1.
         prediction: what the network outputs, "eps" or "v", which is
         sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, section 4). Where x_t is
         nearly all noise, v is about -x_0, but eps is about x_t: to be right about x_0, a network
@@ -51,7 +51,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"unknown prediction {prediction!r}: choose eps or v")
         if isinstance(schedule, str):
             alpha_bar = noise_schedule(schedule, T)
-        else:    # zero terminal SNR (arXiv:2305.08891) ends at 0: nearly 0 divides nothing by 0
+        else:    # zero terminal SNR (arXiv:2305.08891) ends at 0, which would be a divisor
             alpha_bar = schedule.detach().double().cpu().clamp(min=2 ** -40)
         self.T, self.prediction = len(alpha_bar), prediction
         self.alpha_bar = alpha_bar.tolist()    # float64, for the sampler
@@ -112,7 +112,7 @@ class GaussianDiffusion(nn.Module):
         (DDPM, algorithm 2, posterior variance), which is DDIM at eta = 1. "dpm++": the same, but
         x_0 is extrapolated from the last two predictions: SDE-DPM-Solver++(2M) at eta = 1, its
         default, since fresh noise repairs a network's errors; DPM-Solver++(2M) at eta = 0.
-        All clip predictions of x_0 to [-1, 1].
+        All clip predictions of x_0 to [-1, 1]. eta: the scale of the fresh noise in each step.
 
         generator: a torch.Generator, the source of all noise. progress: counts steps on stderr.
         condition: more arguments of the network, such as labels=[N].
@@ -152,7 +152,7 @@ class GaussianDiffusion(nn.Module):
             eps = (x - signal * x_0) / noise    # the noise in x_t, if x_0 is right
             beta = 1 - alpha_bar_t / alpha_bar_next
             sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar_t) * beta) ** 0.5
-            x = alpha_bar_next ** 0.5 * x_0 + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps
+            x = alpha_bar_next ** 0.5 * x_0 + max(0, 1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps
             if sigma > 0:
                 x = x + sigma * torch.randn(shape, generator=generator, device=device)
             if progress:

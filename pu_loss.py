@@ -8,26 +8,28 @@ l(x) the loss of the network on image x, an estimate of the negative ELBO:
     p(normal | x) = exp(-l(x))              the label model of an autoencoding binary classifier.
                                             A normal image costs -log p(normal | x) = l(x), and
                                             a sensitive one -log(1 - exp(-l(x))).
-    p_U = prior p_S + (1 - prior) p_N       U mixes sensitive and normal images. Therefore
+    p_U = prior p_S + (1 - prior) p_N       U mixes sensitive images, like those of S, and normal
+                                            ones. Therefore
     (1 - prior) E_N[l] = E_U[l] - prior E_S[l]      needs no image that is labeled normal:
 
     risk = prior E_S[-log(1 - exp(-l))] + (1 - prior) E_N[l]
          = prior E_S[-log(1 - exp(-l))] + correction(E_U[l] - prior E_S[l])
 
-The difference estimates a loss, which is never negative. A network that raises l on S alone can
-make the estimate negative all the same, so it is corrected:
+l is a sum over pixels, far above 1 for most images. There the first term is nearly 0, and the
+difference does the work. It estimates a loss, which is never negative. A network that raises l on
+S alone can make the estimate negative all the same, so it is corrected:
 
     abs     |difference|, as published (Hammoudeh & Lowd 2020, arXiv:2002.10261)
     nn      where it is negative, minimise only its negative
             (non-negative PU learning, Kiryo et al. 2017, arXiv:1703.00593, algorithm 1)
     none    no correction: unbiased, and free to diverge
 
-A mean of |difference| over parts of a batch is at least |difference| of the whole batch. So with
-micro-batches, each with a risk of its own, the correction acts a little more often.
+The difference of a small micro-batch is noisier, and more often negative by chance, than that of
+the whole batch. So with micro-batches, each with a risk of its own, the correction acts more often.
 
 Nothing bounds l on sensitive images: it may grow and grow, and the noise of the difference with it.
-But the identity above holds for any function of l, so also for min(l, limit). Beyond the limit an
-image of U or of S is not pushed any further, and the difference is as exact as before.
+But the identity above holds for any function of l, so also for min(l, cap). An image above the cap
+has no gradient, be it of U or of S, and the difference now estimates (1 - prior) E_N[min(l, cap)].
 """
 import math
 
@@ -76,9 +78,9 @@ def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction
 
 def limited(loss: torch.Tensor, t: torch.Tensor, typical: torch.Tensor, limit: float,
             T: int) -> torch.Tensor:
-    """min(l, limit * the typical l at that timestep) -> [B], for images of U and of S alike.
+    """min(l, limit * the mean of l on U near the same timestep) -> [B], for U and S alike.
 
-    loss [B], t [B] in [0, T); typical [K]: mean l on U by K equal ranges of the timesteps
+    loss [B], t [B] in [0, T); typical [K]: that mean for each of K equal ranges of [0, T)
     """
     return loss.minimum(limit * typical[t * len(typical) // T])
 

@@ -27,9 +27,8 @@ def sampling_flags(parser: argparse.ArgumentParser, n: int):
     """Adds the flags that draw reads. n: the default number of images."""
     add = parser.add_argument
     add("--n", type=int, default=n, help=f"images (default: {n})")
-    add("--steps", type=int, default=20, help="network calls (default: 20)")
-    add("--sampler", default="dpm++", choices=SAMPLERS,
-        help="ddpm needs 1000 steps, ddim 50, dpm++ 20 (default: dpm++)")
+    add("--sampler", default="dpm++", choices=SAMPLERS, help="(default: dpm++)")
+    add("--steps", type=int, help="network calls (default: dpm++ 20, ddim 50, ddpm 1000)")
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
     add("--batch_size", type=int, default=250, help="(default: 250)")
     add("--compile", action="store_true", help="torch.compile, for many images")
@@ -51,6 +50,7 @@ def draw(args: argparse.Namespace, model, diffusion, device: torch.device,
     sample a batch. -> all images [N, C, H, W] uint8 on the CPU, on every rank.
     Raises UserError for flags that are out of range."""
     runtime.require_positive(args, "n", "steps", "batch_size")
+    args.steps = args.steps or {"dpm++": 20, "ddim": 50, "ddpm": diffusion.T}[args.sampler]
     if args.steps > diffusion.T:
         raise UserError(f"--steps {args.steps} is more than the {diffusion.T} of the diffusion")
     runtime.set_precision(args, device)
@@ -67,7 +67,7 @@ def draw(args: argparse.Namespace, model, diffusion, device: torch.device,
             model = runtime.compiled(model, lambda fast: fast(x, t))
         for number, batch in enumerate(images.split(args.batch_size)):
             mine = number % world == rank
-            # the batch of another rank costs nothing here, but takes its noise from the generator
+            # the batch of another rank takes its noise from the generator, but no network call
             network = model if mine else lambda x, t: x
             x = diffusion.sample(network, batch.shape, args.steps, args.sampler,
                                  generator=generator, progress=mine and sys.stderr.isatty())

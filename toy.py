@@ -10,14 +10,14 @@ moon are sensitive: a model must not generate them. We have
     N       the normal points of U: what a model must learn; none of them is labeled
     l(x)    the loss at x: the squared error of a network that must tell x from noise added to it
 
-Ordinary training minimises E_U[l], the mean of l over U, and learns both moons. But U is a mixture:
-E_U[l] = (1 - prior) E_N[l] + prior E_S[l]. So E_U[l] - prior E_S[l] is the loss on N, times
-1 - prior, without a label of N. Positive-unlabeled (PU) training minimises it, with two safeguards:
+Ordinary training minimises E_U[l], the mean of l over U, and learns both moons. But S is like the
+sensitive points of U, so E_U[l] = (1 - prior) E_N[l] + prior E_S[l], and E_U[l] - prior E_S[l] is
+the loss on N, times 1 - prior. Positive-unlabeled (PU) training minimises it in this form:
 
     risk = prior E_S[-log(1 - exp(-l))] + |E_U[l] - prior E_S[l]|        (arXiv:2503.03789)
 
-exp(-l) is read as the probability that x is normal: the first term acts as long as S looks normal.
-The absolute value stops training from raising l on S alone: a true loss is never negative.
+exp(-l) is read as the probability that x is normal: the first term is large while S looks normal.
+The absolute value turns training round where l on S has grown so far that the loss is negative.
 """
 import copy
 

@@ -2,7 +2,7 @@
 Train a diffusion model on unlabeled images, some of which must not be generated, and a few that are
 labeled sensitive.
 
-    python train.py --dataset mnist --prior 0.5                        # half of the digits are odd
+    python train.py --dataset mnist --prior 0.5                        # half of U is odd
     python train.py --dataset mnist --prior 0.5 --resume               # go on after an interruption
     python train.py --prior 0.5 --algorithm unsupervised               # without the method
     python train.py --dataset cifar10 --prior 1/11 --recipe paper      # as in the paper
@@ -38,7 +38,7 @@ RECIPES = {    # defaults of flags, and settings without a flag
     # a small network, for digits on a laptop
     "tiny": dict(network="tiny", schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200,
                  max_steps=4000, limit=3.0),
-    # the paper's network: first U, then S
+    # the paper's network: first E_U[l], then the PU risk
     "large": dict(DDPM, max_steps=20000, limit=3.0),
     # section 5 of the paper; an epoch has |U| / batch_size steps
     "paper": dict(DDPM, epochs=100, pu_start=0.0, limit=math.inf),
@@ -47,8 +47,8 @@ RECIPES = {    # defaults of flags, and settings without a flag
 }
 GRAD_CLIP = 1.0      # largest norm of the gradient
 EMA_DECAY = 0.999    # of the average of the weights, which is sampled from
-MAX_PASSES = 60      # over S: more, and it is memorised
-FEWEST_STEPS = 300   # where they follow from epochs: a few steps on a small U change nothing
+MAX_PASSES = 60      # over S: with more, the network memorises S
+FEWEST_STEPS = 300   # where they follow from epochs: with few, a small U changes nothing
 MAY_CHANGE = ["lr", "data_dir", "scores", "grad_accum", "device", "compile", "save_interval",
               "out_dir", "resume"]    # on --resume
 
@@ -59,12 +59,14 @@ add("--algorithm", default="pu", choices=["pu", "supervised", "unsupervised", "o
     help="the PU risk, or a baseline (default: pu)")
 add("--pu_start", type=runtime.number,
     help="step, or share of the steps, where the PU risk begins (default: 1/2, or later if S is "
-         "small; 0 with --recipe paper and --init_from)")
+         "small; 0 with --recipe paper or --init_from)")
 add("--correction", default="abs", choices=["abs", "nn", "none"],
     help="of a negative estimate of the normal loss (default: abs)")
-add("--limit", type=float, help="cap l at this multiple of its mean on U (default: 3, paper: inf)")
+add("--limit", type=float,
+    help="cap l at this multiple of its mean on U (default: 3, paper: inf; unused where a new "
+         "network begins with the PU risk)")
 add("--loss_prior", type=runtime.fraction, help="use another prior in the risk (default: --prior)")
-add("--scores", type=runtime.user_path, help="of pu_filter.py: leave out what scores high")
+add("--scores", type=runtime.user_path, help="of pu_filter.py: drop what scores high")
 add("--keep", type=runtime.fraction,
     help="with --scores: the fraction of U to keep (default: 0.9 (1 - loss_prior))")
 add = parser.add_argument_group("model and optimization").add_argument
@@ -120,8 +122,9 @@ for name, value in ckpt["args"].items() if ckpt else []:
         raise UserError(f"--{name} cannot change on --resume: the run has {value}")
 if args.keep and not args.scores:
     raise UserError("--keep needs --scores")
-if args.algorithm == "oracle" and args.dataset == "folder":
-    raise UserError("--algorithm oracle needs the labels of U, which a folder does not have")
+if args.algorithm == "oracle" and (args.scores or args.dataset == "folder"):
+    raise UserError("--algorithm oracle knows the labels of U: it needs no --scores, and a folder "
+                    "has no labels")
 args.loss_prior = args.loss_prior or args.prior
 device = runtime.find_device(args.device)
 rank, world = runtime.ranks()
@@ -157,6 +160,11 @@ if args.scores:
     u, s = data.read_scores(args.scores, images, u, s, args.keep)
     # P(sensitive | kept) by Bayes: S is kept as often as the sensitive images in U
     loss_prior *= (len(s) / n_labeled) / (len(u) / n_unlabeled)
+    if args.algorithm == "pu" and loss_prior >= 1:
+        raise UserError(f"--scores leave a prior of {loss_prior:.3g}: they, or --prior, are wrong")
+checksum = data.digest(images) + data.digest(torch.cat([u, s]))
+if ckpt and ckpt["checksum"] != checksum:
+    raise UserError(f"{args.scores or args.data_dir} holds other images than this run began with")
 if images.numel() <= data.MAX_ON_DEVICE:    # more stay in their file
     images, u, s = images.to(device), u.to(device), s.to(device)
 shape = images.shape[1:]
@@ -168,7 +176,7 @@ micro_batches = world * args.grad_accum
 share_s = len(s) / (len(u) + len(s))    # for the supervised risk
 n_s = 0
 if args.algorithm == "pu":
-    # The difference of the risk is least noisy where S has the share prior / (1 + prior). It is
+    # E_U[l] - prior E_S[l] has the least variance where n_s / n_u is the prior. The share of S is
     # rounded up to sixteenths, which micro-batches can share. A small S gets less, to last longer.
     sixteenth = max(1, args.batch_size // 16)
     best = math.ceil(loss_prior / (1 + loss_prior) * args.batch_size / sixteenth)
@@ -233,14 +241,14 @@ if args.compile:
 def learning_rate(step):
     """Linear warm-up, constant while U is learned, then a cosine down to 0."""
     warmup_steps = min(args.warmup_steps, args.max_steps // 4)
-    start = max(pu_start, warmup_steps)    # of the cosine
-    progress = max(0, step - start) / max(1, args.max_steps - start)
+    cosine_start = max(pu_start, warmup_steps)
+    progress = max(0, step - cosine_start) / max(1, args.max_steps - cosine_start)
     warmup = min(1, (step + 1) / (warmup_steps + 1))
     return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 def ema_decay(step):
-    """The average spans at most half of the current part of the run: a short second part would
-    else be sampled from the weights that it began with. It soon forgets random weights."""
+    """The average spans at most half of the current part of the run. Otherwise it would still hold
+    the weights from before a short second part. It soon forgets random weights."""
     part = pu_start if step < pu_start else args.max_steps - pu_start
     decay = min(EMA_DECAY, max(0, 1 - 2 / part))
     return decay if args.init_from else min(decay, (1 + step) / (10 + step))
@@ -274,7 +282,8 @@ first_step, start = step, time.monotonic()
 log_interval = min(100, args.save_interval)
 sums, n_summed = {}, 0    # over the steps since the last row of the log
 
-columns = ["step", "risk", "loss_unlabeled", "loss_sensitive", "difference", "share_corrected",
+# losses are without the cap; the difference is with it, and share_negative is how often it was < 0
+columns = ["step", "risk", "loss_unlabeled", "loss_sensitive", "difference", "share_negative",
            "learning_rate", "images_per_second", "seconds"]
 if rank == 0:
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -287,7 +296,7 @@ def save_checkpoint():
     saved |= dict(network=describe(model), step=step, seconds=seconds + time.monotonic() - start,
                   diffusion=dict(alpha_bar=alpha_bar, prediction=diffusion.prediction),
                   args=runtime.plain(args), loss_prior=loss_prior, pu_start=pu_start,
-                  typical=typical)
+                  typical=typical, checksum=checksum)
     runtime.save_whole(saved, ckpt_path, keep=previous_path)
 
 def samples_path(step):
@@ -338,40 +347,40 @@ say(f"{args.init_from or args.network} U-Net of "
 
 watch = runtime.SignalWatch()
 while step < args.max_steps:
+    if use_limit and step == pu_start:
+        typical = typical_losses()
     # Draw a batch. All ranks draw the same, since it follows from seed and step. Image i of S has
     # the timestep and the noise of image i of U, which makes the difference less noisy. Timesteps
     # one golden ratio apart (modulo 1) are spread evenly, and so are the first of them.
-    if use_limit and step == pu_start:
-        typical = typical_losses()
     torch.manual_seed(1_000_003 * args.seed + step)
-    batch_s = n_s if step >= pu_start else 0
-    batch_u = args.batch_size - batch_s
-    index_u = u[torch.randint(len(u), (batch_u,), device=u.device)]
-    index_s = s[torch.randint(max(1, len(s)), (batch_s,), device=s.device)]
-    spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(batch_u, device=device)
+    count_s = n_s if step >= pu_start else 0
+    count_u = args.batch_size - count_s
+    index_u = u[torch.randint(len(u), (count_u,), device=u.device)]
+    index_s = s[torch.randint(max(1, len(s)), (count_s,), device=s.device)]
+    spread = torch.rand(1, device=device) + 0.6180339887 * torch.arange(count_u, device=device)
     t_u = (diffusion.T * (spread % 1)).long()
-    eps_u = torch.randn(batch_u, *shape, device=device)
+    eps_u = torch.randn(count_u, *shape, device=device)
 
     for number in range(rank, micro_batches, world):
         # the loss of each image of this micro-batch
-        part = slice(number, None, micro_batches)
-        index = torch.cat([index_u[part], index_s[part]])
+        mine = slice(number, None, micro_batches)
+        index = torch.cat([index_u[mine], index_s[mine]])
         x_0 = to_float(images[index].to(device))    # [B, C, H, W]
         if args.hflip:
             x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
-        t = torch.cat([t_u[part], t_u[:batch_s][part]])
-        eps = torch.cat([eps_u[part], eps_u[:batch_s][part]])
+        t = torch.cat([t_u[mine], t_u[:count_s][mine]])
+        eps = torch.cat([eps_u[mine], eps_u[:count_s][mine]])
         net.require_backward_grad_sync = number + world >= micro_batches    # DDP: after the last
         loss = per_image_loss(x_0, t, eps)    # [B]
 
         # the cap, and the risk
-        sizes = batch_u // micro_batches, batch_s // micro_batches
+        sizes = count_u // micro_batches, count_s // micro_batches
         capped = loss if typical is None else limited(loss, t, typical, args.limit, diffusion.T)
         loss_u, loss_s = capped.split(sizes)
         logged = dict(loss_unlabeled=loss[:sizes[0]].mean())
-        if batch_s:
+        if count_s:
             logged["loss_sensitive"] = loss[sizes[0]:].mean()
-        if batch_s == 0:
+        if count_s == 0:
             risk = loss_u.mean()
         elif args.algorithm == "supervised":
             risk = supervised_loss(loss_u, loss_s, share_s)
@@ -379,13 +388,13 @@ while step < args.max_steps:
             difference = (loss_u.mean() - loss_prior * loss_s.mean()).detach()
             negative = mean_over_ranks(difference) < 0
             risk = pu_loss(loss_u, loss_s, loss_prior, args.correction, negative)
-            logged |= dict(difference=difference, share_corrected=negative.float())
+            logged |= dict(difference=difference, share_negative=negative.float())
         scaler.scale(risk / args.grad_accum).backward()
         for name, value in dict(logged, risk=risk).items():
             sums[name] = sums.get(name, 0) + value.detach() / args.grad_accum
     n_summed += 1
 
-    rate = optimizer.param_groups[0]["lr"] = learning_rate(step)
+    lr = optimizer.param_groups[0]["lr"] = learning_rate(step)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     scaler.step(optimizer)
@@ -395,9 +404,9 @@ while step < args.max_steps:
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - ema_decay(step))
     step += 1
 
-    end_of_part = step in (pu_start, args.max_steps)
+    save_is_due = step % args.save_interval == 0 or step in (pu_start, args.max_steps)
     signal_number = watch.received(step, device)
-    if step % log_interval == 0 or end_of_part or signal_number:
+    if step % log_interval == 0 or save_is_due or signal_number:    # checked before it is saved
         row = {name: float(mean_over_ranks(total) / n_summed) for name, total in sums.items()}
         if not math.isfinite(row["risk"]) or not all(p.isfinite().all() for p in ema.parameters()):
             raise UserError(f"the risk or the weights are no longer finite at step {step}: try a "
@@ -407,13 +416,12 @@ while step < args.max_steps:
         left = round(elapsed / (step - first_step) * (args.max_steps - step))
         text_s = f"l_S {row['loss_sensitive']:.3f}  " if "loss_sensitive" in row else ""
         say(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  "
-            f"l_U {row['loss_unlabeled']:.3f}  {text_s}lr {rate:.2e}  {speed:.0f} images/s  "
+            f"l_U {row['loss_unlabeled']:.3f}  {text_s}lr {lr:.2e}  {speed:.0f} images/s  "
             f"{left // 60}:{left % 60:02} left")
         if rank == 0:
-            log.writerow(dict(row, step=step, learning_rate=rate, images_per_second=round(speed, 1),
+            log.writerow(dict(row, step=step, learning_rate=lr, images_per_second=round(speed, 1),
                               seconds=round(seconds + elapsed, 1)))
         sums, n_summed = {}, 0
-    save_is_due = step % args.save_interval == 0 or end_of_part
     if rank == 0 and save_is_due:
         save_samples()
     if rank == 0 and (save_is_due or signal_number):
@@ -424,7 +432,7 @@ while step < args.max_steps:
         sys.exit(128 + signal_number)
     if step == pu_start:
         say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
-            f"{samples_path(step)} is what the network would have drawn")
+            f"{samples_path(step)} shows what the network draws before")
 
 minutes = (seconds + time.monotonic() - start) / 60
 say(f"trained for {minutes:.1f} minutes; everything is in {args.out_dir}")

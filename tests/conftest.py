@@ -28,6 +28,9 @@ import unet
 
 ROOT = Path(__file__).parent.parent
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
+for number in SIGNALS:    # nohup and background jobs ignore some, and train.py respects that
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 rng = np.random.default_rng(0)
 MINI = dict(channels=(8, 16), groups=4, blocks=1, attention=(1,), patch=4)    # a small network
 

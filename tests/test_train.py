@@ -55,7 +55,7 @@ def test_the_log_of_both_parts(small_run):
     their loss is large, so the risk is the difference."""
     for row in read_log(small_run[0]):
         assert not any(math.isnan(value) for value in row.values())
-        of_s = {"loss_sensitive", "difference", "share_corrected"} & row.keys()
+        of_s = {"loss_sensitive", "difference", "share_negative"} & row.keys()
         assert len(of_s) == (0 if row["step"] <= 15 else 3)
         expected = row["loss_unlabeled"] if row["step"] <= 15 else row["difference"]
         assert row["risk"] == pytest.approx(expected, rel=1e-5)
@@ -223,7 +223,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monk
 
 def assert_same_path(folder_a, folder_b):
     for row_a, row_b in zip(read_log(folder_a), read_log(folder_b), strict=True):
-        for name in row_a.keys() & {"risk", "loss_unlabeled", "loss_sensitive", "share_corrected"}:
+        for name in row_a.keys() & {"risk", "loss_unlabeled", "loss_sensitive", "share_negative"}:
             assert row_a[name] == pytest.approx(row_b[name], rel=1e-4, abs=1e-3), name
     a, b = (torch.load(folder / "ckpt.pt") for folder in (folder_a, folder_b))
     for weights in ["model", "ema"]:
@@ -237,7 +237,7 @@ def test_two_ranks_follow_the_path_of_one(whole_batches, two_ranks):
     assert printed.count("step 5/5") == 2
     for correction in ["abs", "nn"]:
         whole = whole_batches[correction][1]
-        assert {row["share_corrected"] for row in read_log(whole)[1:]} == {0, 1}
+        assert {row["share_negative"] for row in read_log(whole)[1:]} == {0, 1}
         assert_same_path(whole, folder / correction)
 
 
