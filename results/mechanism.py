@@ -48,11 +48,11 @@ def save_and_measure(state, path, keep=None):
 
 
 runtime.save_whole = save_and_measure
-sys.argv = ["train.py", "--prior", "0.5", "--save_interval", "250", *sys.argv[1:]]
+sys.argv = ["train.py", "--dataset", "mnist", "--prior", "0.5", *sys.argv[1:]]
 run = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 frames = []
-for path in sorted(run["args"].out_dir.glob("samples_*.png"))[3:]:    # the first are blots
+for path in sorted(run["args"].out_dir.glob("samples_*.png")):
     step = int(path.stem[-6:])
     part = "minimises E_U[l]" if step <= run["pu_start"] else "minimises the PU risk"
     grid = ImageOps.expand(Image.open(path).convert("L"), (0, 24, 0, 0), "white")

@@ -87,7 +87,7 @@ def draw_mechanism():
     axes.annotate("the PU risk begins", (switch, 1), (5, -15), xycoords=("data", "axes fraction"),
                   textcoords="offset points")
     axes.set(xlabel="step", ylabel="l", ylim=(0, None))
-    axes.legend(loc="upper left", fontsize=11)
+    axes.legend(loc="lower left", fontsize=11)
     return figure
 
 def draw_log(path: Path):
