@@ -175,6 +175,8 @@ def markdown() -> dict:
         tables[title] = [[title, *columns, "flags"]] + [
             [value, *figures([result]), f"`{runs[value][1] or runs[value][0]}`"]
             for value, result in find(runs).items()]
+    tables["headline"] = [["seed", *columns]] + [
+        [r["train_seed"], *figures([r])] for r in read_lines("headline.jsonl")]
     tables["judges"] = [["images", "n", "rate by the judge", "by the second", "agreement",
                          "sensitive to either", "to both"]] + [
         [r["images"], r["n"], *[f"{r[key]:.3f}" for key in ["rate", "rate_by_second", "agreement"]],
