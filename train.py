@@ -170,7 +170,7 @@ if images.numel() <= data.MAX_ON_DEVICE:    # more stay in their file
 shape = images.shape[1:]
 
 # -----------------------------------------------------------------------------
-# how many images of U and of S a step takes, and how many steps each part of the run has
+# how many images of U and of S are in a batch, and how many steps each part of the run has
 
 micro_batches = world * args.grad_accum
 share_s = len(s) / (len(u) + len(s))    # for the supervised risk
