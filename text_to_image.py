@@ -7,7 +7,7 @@ Fine-tune Stable Diffusion 1 or 2 with the PU risk: a prompt should no longer dr
 my_images/unlabeled/ holds images of the prompt, a fraction --prior of them sensitive, and
 my_images/sensitive/ a few sensitive ones: in the paper 64 + 16, and 20. Other defaults are ours.
 --out_dir gets before_after.png, and model/ for StableDiffusionPipeline.from_pretrained or, with
---lora, lora/ for load_lora_weights. Tested on small models only: with guidance, all weights did well
+--lora, lora/ for load_lora_weights. Run on small models only: with guidance, all weights did well
 by one seed of two, --lora by both. Not prevented: prompts that name the person; image-to-image.
 
 GPU memory for version 1.5 (860 M weights), by arithmetic: 16 bytes per weight, 13.8 GB, and a
