@@ -339,8 +339,10 @@ if args.algorithm == "pu" and passes > 1.01 * MAX_PASSES:
         f"samples suffer, start again with a later --pu_start or fewer --max_steps")
 say(f"{args.init_from or args.network} U-Net of "
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
-    f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}, {micro_batches} "
-    f"micro-batch(es) per step; from step {step}; results in {args.out_dir}")
+    f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; from step {step}; "
+    f"results in {args.out_dir}")
+if micro_batches > 1:
+    say(f"each step has {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
 
 # -----------------------------------------------------------------------------
 # the loop
