@@ -117,7 +117,7 @@ runtime.require_positive(args, "batch_size", "grad_accum", "max_steps", "lr", "l
 for name, value in ckpt["args"].items() if ckpt else []:
     if name == "max_steps" and args.max_steps != value:
         raise UserError(f"--max_steps: this run was planned for {value} steps, and its learning "
-                        f"rate ends there. To train on: --init_from {ckpt_path} --out_dir ...")
+                        f"rate ends there. Start a new one, or fine-tune it: --init_from {ckpt_path}")
     if name not in MAY_CHANGE and str(getattr(args, name)) != str(value):
         raise UserError(f"--{name} cannot change on --resume: the run has {value}")
 if args.keep and not args.scores:
