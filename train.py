@@ -116,8 +116,8 @@ runtime.require_positive(args, "batch_size", "grad_accum", "max_steps", "lr", "l
                          "save_interval")
 for name, value in ckpt["args"].items() if ckpt else []:
     if name == "max_steps" and args.max_steps != value:
-        raise UserError(f"--max_steps: this run was planned for {value} steps, and its learning "
-                        f"rate ends there. Start a new one, or fine-tune it: --init_from {ckpt_path}")
+        raise UserError(f"--max_steps: this run was planned for {value} steps, where its learning "
+                        f"rate ends. Start a new one, or fine-tune it: --init_from {ckpt_path}")
     if name not in MAY_CHANGE and str(getattr(args, name)) != str(value):
         raise UserError(f"--{name} cannot change on --resume: the run has {value}")
 if args.keep and not args.scores:
