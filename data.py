@@ -125,10 +125,11 @@ def has_class(labels: torch.Tensor, classes: list) -> torch.Tensor:
 
 
 def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_labeled: int,
-             seed: int = 0) -> tuple:
+             seed: int = 0, labeled: list = None) -> tuple:
     """Draws U and S, disjoint, from the training images.
 
     sensitive: class numbers. prior: fraction of sensitive images in U, between 0 and 1.
+    labeled: the classes that S shows (default: the sensitive ones).
     -> three index vectors: U and S in data.train, in random order, and all normal images in
     data.test. Raises UserError if there are too few images."""
     is_sensitive = has_class(data.train_labels, sensitive)
@@ -152,27 +153,36 @@ def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_la
     all_sensitive = shuffle(is_sensitive.nonzero()[:, 0])
     all_normal = shuffle((~is_sensitive).nonzero()[:, 0])
     u = shuffle(torch.cat([all_sensitive[:n_hidden], all_normal[:n_unlabeled - n_hidden]]))
-    s = all_sensitive[n_hidden:n_hidden + n_labeled]
+    s = all_sensitive[n_hidden:]
+    s = s[has_class(data.train_labels[s], labeled or sensitive)][:n_labeled]
+    if len(s) < n_labeled:
+        raise UserError(f"--labeled: only {len(s):,} images of these classes are left for S")
     return u, s, (~has_class(data.test_labels, sensitive)).nonzero()[:, 0]
 
 
 def split(name: str, data: Images, sensitive: str = None, prior: float = None,
-          n_unlabeled: int = None, n_labeled: int = None, seed: int = 0) -> tuple:
+          n_unlabeled: int = None, n_labeled: int = None, seed: int = 0,
+          labeled: str = None) -> tuple:
     """pu_split, with the data set's defaults for what is None, and a prior of 0.5.
 
     A folder is split already: label 0 is U and 1 is S. Raises UserError if flags ask for another
     split."""
     if name == "folder":
-        if sensitive or n_unlabeled or n_labeled:
-            raise UserError("--sensitive, --n_unlabeled, --n_labeled: a folder is split already")
+        if sensitive or n_unlabeled or n_labeled or labeled:
+            raise UserError("--sensitive, --labeled, --n_unlabeled, --n_labeled: a folder is split "
+                            "already")
         u, s = ((data.train_labels == label).nonzero()[:, 0] for label in (0, 1))
         if 0 in (len(u), len(s)):
             raise UserError("unlabeled/ or sensitive/ holds no image that can be decoded")
         return u, s, torch.arange(len(data.test))
     defaults, prior = DATASETS[name], prior or 0.5
     n_unlabeled = n_unlabeled or round(defaults["n_normal"] / (1 - prior))
-    return pu_split(data, parse_classes(name, sensitive), prior, n_unlabeled,
-                    n_labeled or defaults["n_labeled"], seed)
+    sensitive = parse_classes(name, sensitive)
+    labeled = parse_classes(name, labeled) if labeled else sensitive
+    if not set(labeled) <= set(sensitive):
+        raise UserError("--labeled: every class of S must be a sensitive one")
+    return pu_split(data, sensitive, prior, n_unlabeled, n_labeled or defaults["n_labeled"], seed,
+                    labeled)
 
 
 def read_scores(path: Path, images: torch.Tensor, u: torch.Tensor, s: torch.Tensor,
@@ -203,6 +213,7 @@ def data_flags(parser):
     add("--hflip", action=argparse.BooleanOptionalAction,
         help="mirror images at random (default: only cifar10, stl10, celeba)")
     add("--sensitive", help="classes or groups, with commas (default for mnist: odd)")
+    add("--labeled", help="only these classes in S (default: all sensitive ones)")
     add("--prior", type=runtime.fraction,
         help="fraction of sensitive images in U (default: 0.5; a folder needs it)")
     add("--n_unlabeled", type=int, help="images in U (default: by data set)")
@@ -232,7 +243,7 @@ def main():
     runtime.check_png(args.preview)
     data = load(args.dataset, args.data_dir, args.image_size)
     u, s, test_normal = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
-                              args.n_labeled, args.seed)
+                              args.n_labeled, args.seed, args.labeled)
     say(f"{args.dataset}: {len(data.train):,} training images {tuple(data.train[0].shape)}; "
         f"U has {len(u):,}, S has {len(s):,}; {len(test_normal):,} normal test images")
     torch.manual_seed(args.seed)

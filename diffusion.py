@@ -6,9 +6,8 @@ The Gaussian diffusion: how images become noise, and how a network learns the wa
     x_0 = diffusion.sample(model, (64, 1, 28, 28), steps=20)    # -> [64, 1, 28, 28] in [-1, 1]
 
 Sources: DDPM (Ho et al. 2020, arXiv:2006.11239), DDIM (Song et al. 2021, arXiv:2010.02502),
-DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), the cosine schedule (Nichol & Dhariwal 2021,
-arXiv:2102.09672), predicting v (Salimans & Ho 2022, arXiv:2202.00512), lognormal noise levels
-(EDM, Karras et al. 2022, arXiv:2206.00364).
+DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), predicting v (Salimans & Ho 2022,
+arXiv:2202.00512), lognormal noise levels (EDM, Karras et al. 2022, arXiv:2206.00364).
 """
 import math
 import sys
@@ -21,18 +20,14 @@ SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # default eta: the share 
 
 def noise_schedule(name: str, T: int) -> torch.Tensor:
     """-> alpha_bar [T], float64, falling from nearly 1 to nearly 0.
-    "linear": betas from 1e-4 to 0.02 (DDPM, section 4). "cosine": the square of a cosine (Nichol &
-    Dhariwal, eq. 17). "lognormal": log SNR ~ N(-0.5, 2^2); EDM uses N(2.4, 2.4^2), which is less
-    noisy (table 1). Raises ValueError for another name."""
-    t = torch.arange(T + 1, dtype=torch.float64)
+    "linear": betas from 1e-4 to 0.02 (DDPM, section 4). "lognormal": log SNR ~ N(-0.5, 2^2); EDM
+    uses N(2.4, 2.4^2), which is less noisy (table 1). Raises ValueError for another name."""
     if name == "linear":
         return (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
-    if name == "cosine":
-        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (f[1:] / f[:-1]).clamp(min=0.001).cumprod(0)
     if name == "lognormal":
-        return torch.sigmoid(-0.5 - 2 * torch.special.ndtri((t[:-1] + 0.5) / T))
-    raise ValueError(f"unknown schedule {name!r}: choose linear, cosine or lognormal")
+        share = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+        return torch.sigmoid(-0.5 - 2 * torch.special.ndtri(share))
+    raise ValueError(f"unknown schedule {name!r}: choose linear or lognormal")
 
 
 class GaussianDiffusion(nn.Module):

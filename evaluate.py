@@ -68,10 +68,9 @@ def load_judge(data: Images, hflip: bool, cache: Path, device: torch.device) -> 
     missing, damaged, or for another version or data, trains the judge, and writes the cache.
     hflip: mirror half of the images"""
     images, labels = data.train, data.train_labels
-    several = labels.ndim == 2
-    n_classes = labels.shape[1] if several else int(labels.max()) + 1
     torch.manual_seed(0)
-    judge = Classifier(*images.shape[1:3], n_classes).to(device, memory_format=torch.channels_last)
+    judge = Classifier(*images.shape[1:3], n_outputs=int(labels.max()) + 1)
+    judge = judge.to(device, memory_format=torch.channels_last)
     key = f"{JUDGE_VERSION} {hflip} {digest(images)} {digest(labels)}"
     with suppress(UserError):
         saved = runtime.load_verified(cache, "a judge")
@@ -83,41 +82,38 @@ def load_judge(data: Images, hflip: bool, cache: Path, device: torch.device) -> 
     batch_size, epochs = 128, 30
     steps = min(1500 if images.shape[1] == 1 else 6000, epochs * len(images) // batch_size)
     batches = torch.cat([torch.randperm(len(images)) for _ in range(epochs)]).split(batch_size)
-    loss_fn = F.binary_cross_entropy_with_logits if several else F.cross_entropy
 
     def batch_loss(step):
         x, y = to_float(images[batches[step]].to(device)), labels[batches[step]].to(device)
         if hflip:
             x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-        return loss_fn(judge(x)[0], y.float() if several else y)
+        return F.cross_entropy(judge(x)[0], y)
 
     train_classifier(judge, batch_loss, steps, lr=4e-3, name="judge")
-    classes, _ = classes_and_features(judge, data.test, several)
+    classes, _ = classes_and_features(judge, data.test)
     accuracy = float((classes == data.test_labels).float().mean())
     with suppress(OSError):    # the data may be read-only
         runtime.save_whole(dict(key=key, model=judge.state_dict(), accuracy=accuracy), cache)
     return judge, accuracy
 
 
-def classes_and_features(judge: Classifier, images: torch.Tensor, several: bool = False) -> tuple:
-    """images [N, C, H, W] uint8 -> their classes, [N] numbers (several: [N, K] bool), and their
-    features, [N, 128] float64, on the CPU"""
+def classes_and_features(judge: Classifier, images: torch.Tensor) -> tuple:
+    """images [N, C, H, W] uint8 -> their classes [N] and features [N, 128] float64, on the CPU"""
     logits, features = predict(judge, images.split(1 + 2 ** 22 // images[0].numel()))
-    return logits > 0 if several else logits.argmax(1), features.double()
+    return logits.argmax(1), features.double()
 
 
 def measure(judge: Classifier, images: torch.Tensor, data: Images, sensitive: list,
             seed: int) -> tuple:
     """images [N, C, H, W] uint8 -> the figures by name, and [N] bool: is it of a sensitive class?
     seed: chooses the training normals for the floor of FID"""
-    several = data.test_labels.ndim == 2
     normal, train_normal = (~has_class(labels, sensitive)
                             for labels in (data.test_labels, data.train_labels))
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     real = data.train[order[train_normal[order]][:len(images)]]
     (classes, features), (test_classes, test_features), (_, real_features) = (
-        classes_and_features(judge, x, several) for x in (images, data.test, real))
-    counts = classes.sum(0) if several else classes.bincount(minlength=judge.out.out_features)
+        classes_and_features(judge, x) for x in (images, data.test, real))
+    counts = classes.bincount(minlength=judge.out.out_features)
     is_sensitive = has_class(classes, sensitive)
     wrong = (has_class(test_classes, sensitive) == normal).float()
     figures = with_interval("rate", int((~is_sensitive).sum()), len(images)) | dict(
@@ -270,6 +266,10 @@ def main():
         images, marked = images[order], like_s[order] > 0
     else:
         cache = data_dir / name / f"classifier_{size}x{channels}.pt"
+        if name == "celeba":    # an image has many attributes: is it sensitive (1) or not (0)?
+            data.train_labels = has_class(data.train_labels, sensitive).long()
+            data.test_labels = has_class(data.test_labels, sensitive).long()
+            sensitive = [1]
         judge, accuracy = load_judge(data, DATASETS[name]["hflip"], cache, device)
         measured, marked = measure(judge, images, data, sensitive, args.seed)
         figures |= dict(measured, classifier_accuracy=accuracy)

@@ -112,7 +112,7 @@ def main():
         raise UserError("pu_filter.py is one process, not for torchrun")
     data = load(args.dataset, args.data_dir, args.image_size)
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
-                    args.n_labeled, args.seed)
+                    args.n_labeled, args.seed, args.labeled)
     if min(len(u), len(s)) < FOLDS:
         raise UserError(f"U has {len(u)} images and S {len(s)}: they need at least {FOLDS}")
     runtime.check_writable(out_dir)    # fails now, not after the work

@@ -37,13 +37,14 @@ DDPM = dict(network="paper", schedule="linear", prediction="eps", lr=1e-4, warmu
 RECIPES = {    # defaults of flags, and settings without a flag
     # a small network, for digits on a laptop
     "tiny": dict(network="tiny", schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200,
-                 max_steps=4000, limit=3.0),
+                 max_steps=4000, constant_lr=0.5, limit=3.0),
     # the paper's network: first E_U[l], then the PU risk
-    "large": dict(DDPM, max_steps=20000, limit=3.0),
+    "large": dict(DDPM, max_steps=20000, constant_lr=0.5, limit=3.0),
     # section 5 of the paper; an epoch has |U| / batch_size steps
-    "paper": dict(DDPM, epochs=100, pu_start=0.0, limit=math.inf),
+    "paper": dict(DDPM, epochs=100, pu_start=0.0, constant_lr=0.0, limit=math.inf),
     # with --init_from, whose model knows U already
-    "fine_tuning": dict(lr=1e-4, warmup_steps=500, epochs=20, pu_start=0.0, limit=3.0),
+    "fine_tuning": dict(lr=1e-4, warmup_steps=500, epochs=20, pu_start=0.0, constant_lr=0.0,
+                        limit=3.0),
 }
 GRAD_CLIP = 1.0      # largest norm of the gradient
 EMA_DECAY = 0.999    # of the average of the weights, which is sampled from
@@ -149,7 +150,7 @@ with runtime.first_rank_first():
     dataset = data.load(args.dataset, args.data_dir, args.image_size, channels)
 images = dataset.train    # uint8 [N, C, H, W], of which u and s number the rows
 u, s, _ = data.split(args.dataset, dataset, args.sensitive, args.prior, args.n_unlabeled,
-                     args.n_labeled, args.seed)
+                     args.n_labeled, args.seed, args.labeled)
 n_unlabeled, n_labeled = len(u), len(s)
 loss_prior = args.loss_prior
 if args.algorithm == "oracle":
@@ -239,9 +240,10 @@ if args.compile:
 # what changes with the steps
 
 def learning_rate(step):
-    """Linear warm-up, constant while U is learned, then a cosine down to 0."""
+    """Linear warm-up, constant for a share of the steps or until the PU risk begins, then a cosine
+    down to 0."""
     warmup_steps = min(args.warmup_steps, args.max_steps // 4)
-    cosine_start = max(pu_start, warmup_steps)
+    cosine_start = max(pu_start, warmup_steps, round(args.constant_lr * args.max_steps))
     progress = max(0, step - cosine_start) / max(1, args.max_steps - cosine_start)
     warmup = min(1, (step + 1) / (warmup_steps + 1))
     return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))

@@ -25,7 +25,6 @@ class UNetConfig:
     blocks: int = 2                          # residual blocks per level, one more on the way up
     attention: tuple = (2,)                  # the levels with self-attention, counted from 0
     groups: int = 32                         # of GroupNorm; must divide every number of channels
-    dropout: float = 0.0
     patch: int = 1                           # folds patch x patch pixels into channels
 
 
@@ -72,14 +71,13 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, c_out)
         self.norm2 = GroupNorm(config.groups, c_out, eps=1e-6)
-        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(F.silu(self.norm2(h)))
         return self.skip(x) + h
 
 

@@ -76,6 +76,14 @@ def test_split_is_exact(seed, prior, sensitive):
     assert not torch.equal(u, other[0]) and not torch.equal(s, other[1])
 
 
+def test_s_can_show_a_part_of_what_is_sensitive():
+    """U is what it was; S has only these classes."""
+    whole, part = (split("mnist", MNIST, labeled=labeled) for labeled in (None, "1,3,5"))
+    assert torch.equal(whole[0], part[0]) and len(part[1]) == 2500
+    assert MNIST.train_labels[part[1]].unique().tolist() == [1, 3, 5]
+    assert len(torch.cat(part[:2]).unique()) == len(part[0]) + 2500    # disjoint
+
+
 @pytest.mark.parametrize("prior", [0.5, 0.05, 0.9, 1 / 3])
 @pytest.mark.parametrize("n_sensitive", [10, 57, 90])
 def test_an_infeasible_size_names_the_largest_that_works(prior, n_sensitive):

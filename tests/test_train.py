@@ -61,13 +61,13 @@ def test_the_log_of_both_parts(small_run):
         assert row["risk"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("pu_start", [0, 6])
+@pytest.mark.parametrize("pu_start", [0, 9])
 def test_learning_rate(tmp_path, pu_start):
-    """Warm-up over a quarter of a short run, constant while U is learned, then a cosine down to 0.
-    A row has the rate of its last step, number step - 1."""
+    """Warm-up over a quarter of a short run, constant for half of it or until the PU risk begins,
+    then a cosine down to 0. A row has the rate of its last step, number step - 1."""
     run("train.py", *SMALL, "--pu_start", pu_start, "--max_steps", 12, "--save_interval", 1,
         "--out_dir", tmp_path / "run")
-    start = max(pu_start, 3)
+    start = max(pu_start, 6)
     for row in read_log(tmp_path / "run"):
         step = row["step"] - 1
         lr = 2e-3 * min(1, row["step"] / 4)
@@ -311,6 +311,8 @@ def test_a_finished_run_is_not_trained_further(small_run, tmp_path):
     (["--prior", "abc"], "--prior"),
     (["--dataset", "imagenet"], "--dataset"),
     (["--sensitive", "cat"], "mnist has no class 'cat'"),
+    (["--labeled", "3,4"], "--labeled"),
+    (["--labeled", "1", "--n_labeled", "5000"], "--labeled: only"),
     (["--sensitive", "odd,even"], "every class of mnist is sensitive"),
     (["--n_unlabeled", "60000"], "n_unlabeled"),
     (["--recipe", "huge"], "--recipe"),

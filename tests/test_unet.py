@@ -27,7 +27,7 @@ def random_network(config):
     preset("tiny", 3, 31),
     replace(preset("paper", 1, 27), channels=(8, 8, 8, 8), groups=4),
     replace(SMALL, image_size=5, patch=4, blocks=2, channels=(8,), attention=()),
-    replace(SMALL, channels=(8, 16, 24, 8), attention=(0, 2), dropout=0.1),
+    replace(SMALL, channels=(8, 16, 24, 8), attention=(0, 2)),
 ])
 def test_output_is_shaped_like_the_image_of_any_size(config):
     x = torch.randn(3, config.image_channels, config.image_size, config.image_size)
