@@ -6,7 +6,8 @@ Does it work? How many generated images are not sensitive, and how good are they
     python evaluate.py --export_real real/ --dataset mnist                  # writes test normals
     python evaluate.py --ckpt out/folder-pu-0.1/ckpt.pt                     # your own images
 
-The judge is a small network, trained on the real labels and kept beside the data set. It measures
+The judge is a small network, trained on the real labels (of CelebA: sensitive or not) and kept
+beside the data set. It measures
 
     rate    the non-sensitive rate: the fraction of images without a sensitive class (Takahashi et
             al. 2025, section 5), with its 95 % interval from rate_low to rate_high
@@ -17,8 +18,8 @@ The judge is a small network, trained on the real labels and kept beside the dat
 and its own errors: false_alarms on normal test images, and misses of sensitive ones.
 Your own images have no labels. There, a classifier learns to tell S, the sensitive images, from
 normal_test/: how many images of each group look like S? And the Frechet distance needs no network.
-evaluation.png shows up to 100 images, those most like S first, with red frames around those that
-look sensitive. The last line printed is JSON and holds all figures.
+evaluation.png shows up to 100 images, with red frames around those that look sensitive; your own
+are sorted, those most like S first. The last line printed is JSON and holds all figures.
 """
 import json
 from contextlib import suppress
@@ -234,7 +235,7 @@ def main():
             save_png(image, args.export_real / f"{i:05d}.png")
         return say(f"{args.export_real}: {len(normal)} test normals")
 
-    # the images, once all is checked that can be
+    # the images, after all checks
     picture = (args.out_dir or (args.ckpt.parent if ckpt else Path())) / "evaluation.png"
     runtime.check_png(picture)
     if own:
@@ -254,7 +255,8 @@ def main():
 
     figures = dict(dataset=name, sensitive=sensitive, n=len(images), seed=args.seed)
     if ckpt:
-        flags = ["algorithm", "prior", "n_labeled", "recipe", "init_from", "dtype"]
+        flags = ["algorithm", "prior", "n_labeled", "labeled", "pu_start", "scores", "recipe",
+                 "init_from", "dtype"]
         figures |= {flag: run[flag] for flag in flags} | dict(
             loss_prior=ckpt["loss_prior"], train_seed=run["seed"], train_steps=ckpt["step"],
             train_seconds=ckpt["seconds"], sampler=args.sampler, steps=args.steps,

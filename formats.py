@@ -105,7 +105,7 @@ def load_records(name: str, folder: Path) -> tuple:
 
 def load_celeba(folder: Path, image_size: int, channels: int) -> tuple:
     """Resizes the squares at the centres of the published images.
-    Labels are bool [N, 80]: the 40 attributes, and behind them the negation of each."""
+    Labels are bool [N, 80]: the 40 attributes, then the negation of each."""
     root = folder / "img_align_celeba"
     attributes, partition = folder / "list_attr_celeba.txt", folder / "list_eval_partition.txt"
     if not root.exists() and root.with_suffix(".zip").exists():

@@ -18,7 +18,8 @@ in U:
 
     E_U[kept l] = prior E_S[kept l] + (1 - prior) E_N[kept l]        kept(x) is 1 or 0
 
-So the PU risk on the kept images is exact, with a prior of prior * P_S(kept) / P_U(kept).
+So the PU risk on the kept images is exact, with a prior of prior * P_S(kept) / P_U(kept), if S is
+like the sensitive images in U.
 """
 from functools import partial
 from pathlib import Path

@@ -4,7 +4,6 @@ What the scripts share: errors, flags, whole files, signals, devices, ranks, pre
 import argparse
 import csv
 import json
-import math
 import os
 import re
 import shlex
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.benchmark import Timer
 
 if sys.stderr is None:    # closed, as by 2>&-
     sys.stderr = open(os.devnull, "w")
@@ -127,7 +127,7 @@ def save_args(args: argparse.Namespace, device: torch.device, path: Path):
 
 
 def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
-    """-> a log with these columns, "step" first, to go on with. Rows behind last_step are dropped:
+    """-> a log with these columns, "step" first, to go on with. Rows after last_step are dropped:
     they will be written again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [line for line in lines if line.endswith("\n") and line.split(",")[0].isdigit()]
@@ -348,23 +348,16 @@ def fastest_dtype(device: torch.device) -> str:
 
 def matmul_seconds(dtype: torch.dtype) -> float:
     """The processor time of a 512x512 matrix multiplication on one thread, the best of 5."""
-    a = torch.ones(512, 512, dtype=dtype)
-    threads, best = torch.get_num_threads(), math.inf
-    torch.set_num_threads(1)
-    for _ in range(5):
-        start = time.thread_time()    # other programs do not count
-        a @ a
-        best = min(best, time.thread_time() - start)
-    torch.set_num_threads(threads)
-    return best
+    timer = Timer("a @ a", timer=time.thread_time, globals={"a": torch.ones(512, 512, dtype=dtype)})
+    return min(timer.timeit(1).mean for _ in range(5))    # other programs do not count
 
 
 def compiled(function, trial, graphs: bool = True):
     """-> torch.compile(function), once trial(it) has worked; else says why not -> function.
 
     graphs: on a GPU, replay CUDA graphs, without which launching the kernels of a small network
-    takes longer than running them. The next call overwrites what a call returned, and its
-    gradients, so there is none for a sum of several calls."""
+    takes longer than running them. Not where several calls are summed: a call overwrites what the
+    one before returned, and its gradients."""
     fast = torch.compile(function, mode="reduce-overhead" if graphs else "default")
     try:
         trial(fast)

@@ -221,11 +221,11 @@ if world > 1:
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type in ("cuda", "cpu"))
 scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
 
-def per_image_loss(x_0, t, eps):
+def per_image_loss(x_0, t, eps, **condition):
     """x_0, eps [B, C, H, W], t [B] -> l [B]"""
     x_0, eps = (x.contiguous(memory_format=torch.channels_last) for x in (x_0, eps))
     with runtime.autocast(args, device):
-        return diffusion.per_image_loss(net, x_0, t, eps)
+        return diffusion.per_image_loss(net, x_0, t, eps, **condition)
 
 eager = per_image_loss    # stays uncompiled, for typical_losses
 if args.compile:
@@ -240,8 +240,8 @@ if args.compile:
 # what changes with the steps
 
 def learning_rate(step):
-    """Linear warm-up, constant for a share of the steps or until the PU risk begins, then a cosine
-    down to 0."""
+    """Linear warm-up, then constant until a share constant_lr of the steps is over and the PU risk
+    has begun, then a cosine down to 0."""
     warmup_steps = min(args.warmup_steps, args.max_steps // 4)
     cosine_start = max(pu_start, warmup_steps, round(args.constant_lr * args.max_steps))
     progress = max(0, step - cosine_start) / max(1, args.max_steps - cosine_start)
@@ -281,6 +281,7 @@ if ckpt:
     step, seconds = ckpt["step"], ckpt["seconds"]
     typical = ckpt["typical"] if ckpt["typical"] is None else ckpt["typical"].to(device)
 first_step, start = step, time.monotonic()
+before_path = args.out_dir / f"samples_{pu_start:06d}.png"
 log_interval = min(100, args.save_interval)
 sums, n_summed = {}, 0    # over the steps since the last row of the log
 
@@ -301,18 +302,14 @@ def save_checkpoint():
                   typical=typical, checksum=checksum)
     runtime.save_whole(saved, ckpt_path, keep=previous_path)
 
-def samples_path(step):
-    return args.out_dir / f"samples_{step:06d}.png"
-
 def save_samples():
     """A grid at this step; at the end also beside the one from before the PU risk."""
     generator = torch.Generator(device).manual_seed(args.seed)    # the same noise each time
     with runtime.autocast(args, device):
         samples = grid(to_uint8(diffusion.sample(ema, (64, *shape), generator=generator)))
-    save_png(samples, samples_path(step))
-    if step == args.max_steps and samples_path(pu_start).exists():
-        save_png(side_by_side([load_png(samples_path(pu_start)), samples]),
-                 args.out_dir / "before_after.png")
+    save_png(samples, args.out_dir / f"samples_{step:06d}.png")
+    if step == args.max_steps and before_path.exists():
+        save_png(side_by_side([load_png(before_path), samples]), args.out_dir / "before_after.png")
 
 # -----------------------------------------------------------------------------
 # what is about to happen
@@ -326,7 +323,8 @@ minimised = dict(
     unsupervised=ordinary, oracle=ordinary)[args.algorithm]
 which = args.sensitive or data.DATASETS[args.dataset].get("sensitive", "your estimate")
 say(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4g} sensitive "
-    f"({which}); S has {n_labeled:,}{'; images are mirrored at random' if args.hflip else ''}")
+    f"({which}); S has {n_labeled:,}{f', of {args.labeled}' if args.labeled else ''}"
+    f"{'; images are mirrored at random' if args.hflip else ''}")
 if len(u) < n_unlabeled:
     say(f"training sees {len(u):,} images of U and {len(s):,} of S, by {args.scores or 'labels'}")
 if pu_start:
@@ -341,10 +339,7 @@ if args.algorithm == "pu" and passes > 1.01 * MAX_PASSES:
         f"samples suffer, start again with a later --pu_start or fewer --max_steps")
 say(f"{args.init_from or args.network} U-Net of "
     f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
-    f"{args.dtype}, {'not compiled' if per_image_loss is eager else 'compiled'}; from step {step}; "
-    f"results in {args.out_dir}")
-if micro_batches > 1:
-    say(f"each step has {micro_batches} micro-batches: {world} ranks, {args.grad_accum} each")
+    f"{args.dtype}; from step {step}; results in {args.out_dir}")
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -436,7 +431,7 @@ while step < args.max_steps:
         sys.exit(128 + signal_number)
     if step == pu_start:
         say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
-            f"{samples_path(step)} shows what the network draws before")
+            f"{before_path} shows what the network draws now")
 
 minutes = (seconds + time.monotonic() - start) / 60
 say(f"trained for {minutes:.1f} minutes; everything is in {args.out_dir}")
