@@ -5,7 +5,7 @@ What happens to l while the headline command runs: on normal images, on sensitiv
 
 It runs train.py, and at each checkpoint measures l on 1,000 images of each kind, by the averaged
 weights. Labels, which training does not have, tell the kinds apart. plot.py draws the lines of
-results/mechanism.jsonl. The sample grids of the run become a film, assets/mnist.gif.
+results/mechanism.jsonl; delete that file first. The sample grids become a film, assets/mnist.gif.
 """
 import json
 import runpy

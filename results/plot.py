@@ -17,40 +17,40 @@ COLORS = dict(zip(METHODS, ["0.6", "tab:brown", "tab:blue", "tab:orange", "tab:g
 plt.rcParams.update({"font.size": 12, "axes.labelsize": 13, "axes.titlesize": 13})
 
 def panels(n: int, width: float) -> tuple:
-    """-> a figure, and n columns of axes for rates above axes for FIDs; a row shares its scale"""
+    """-> a figure, and n columns of axes for shares above axes for FIDs; a row has one scale"""
     figure, rows = plt.subplots(2, n, figsize=(width * n, 5.5), sharex="col", sharey="row",
                                 squeeze=False, layout="constrained")
-    rows[0, 0].set_ylabel("non-sensitive rate")
-    rows[1, 0].set_ylabel("FID, lower is better")
+    for axes, label in zip(rows[:, 0], ["sensitive, % of samples", "FID"]):
+        axes.set(ylabel=label, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
     return figure, rows.T
 
+def measures(result: dict) -> tuple:
+    """-> what the two rows show, lower is better: % of samples that are sensitive, and the FID"""
+    return 100 * (1 - result["rate"]), result["fid"]
+
 def draw_methods():
-    """The means of the methods over their seeds, which are dots: bars for the rate, lines for the
-    FID, whose axis is logarithmic and has no zero. Dashed: real normal images."""
+    """Dots are seeds, lines their means. Dashed: real normal images."""
     figure, columns = panels(len(CASES), 4)
     for title, (above, below) in zip(CASES, columns):
         above.set_title(title)
         found = evaluated(title)
-        for axes, key, digits in [(above, "rate", 2), (below, "fid", 1)]:
-            for place, method in enumerate(METHODS):
-                values = [result[key] for result in found[method]]
+        for place, method in enumerate(METHODS):
+            for axes, values in zip([above, below], zip(*map(measures, found[method]))):
                 mean = sum(values) / len(values)
-                if key == "rate":
-                    axes.bar(place, mean, color=COLORS[method])
-                else:
-                    axes.hlines(mean, place - 0.4, place + 0.4, color=COLORS[method], linewidth=4)
+                axes.hlines(mean, place - 0.4, place + 0.4, color=COLORS[method], linewidth=4)
                 axes.plot([place] * len(values), values, "o", color="black", markersize=4)
-                axes.annotate(f"{mean:.{digits}f}", (place, 1 if key == "rate" else max(values)),
-                              (0, 5), textcoords="offset points", ha="center")
-            axes.axhline(found[REAL][0][key], color="0.5", ls="--", lw=1, zorder=0)
+                axes.annotate(f"{mean:.2g}", (place, max(values)), (0, 6),
+                              textcoords="offset points", ha="center")
+        for axes, value in zip([above, below], measures(found[REAL][0])):
+            axes.axhline(value, color="0.5", ls="--", lw=1, zorder=0)
         below.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right")
-    above.set(ylim=(0, 1.19), yticks=[0, 0.5, 1])
-    below.set(yscale="log", ylim=(0.1, 130))
-    below.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+    above.set_ylim(0.1, 200)
+    below.set_ylim(0.1, 200)
     return figure
 
 def draw_curves():
-    """Rate and FID by what is varied."""
+    """Share of sensitive samples, and FID, by what is varied."""
     curves = {}    # what is varied: {a line: {value: result}}
     for title, runs in CURVES.items():
         label, _, line = title.partition(", ")
@@ -61,8 +61,8 @@ def draw_curves():
     for (label, lines), (above, below) in zip(curves.items(), columns):
         for (line, results), style in zip(lines.items(), ["o-", "s--", "^:"]):
             values = sorted(results)
-            for axes, key in [(above, "rate"), (below, "fid")]:
-                axes.plot(values, [results[x][key] for x in values], style, color="C0", label=line)
+            for axes, points in zip([above, below], zip(*[measures(results[x]) for x in values])):
+                axes.plot(values, points, style, color="C0", label=line)
                 axes.grid(alpha=0.4)
         below.set_xlabel(label)
         if "begins" not in label:
@@ -71,8 +71,7 @@ def draw_curves():
             below.set_xticks(ticks, [f"{x:.2g}" if x < 1 else int(x) for x in ticks], rotation=60)
             below.minorticks_off()
         if len(lines) > 1:
-            above.legend(fontsize=11)
-    below.set_ylim(0)
+            below.legend(fontsize=11, loc="upper right")
     return figure
 
 def draw_mechanism():

@@ -5,11 +5,12 @@ as Markdown.
     python results/table.py --print     # only print
     python results/table.py --jobs 2    # two runs at a time
 
-Results go to results/gpu.jsonl where there is a GPU, else, in float32, to results/cpu.jsonl. A seed
-of a case, or a curve, is printed from the file that holds more of its runs, never from both. An
-interrupted run goes on from its checkpoint. To evaluate a run again, delete its line; to train it
-again, delete its folder in out/table/ as well. For a comparison of your own, empty both files, and
-change SEEDS, CASES, METHODS and CURVES. A case needs class labels: not a folder.
+Results go to results/results.jsonl, on CPUs in float32. cpu.jsonl and gpu.jsonl hold those of
+commit cd2fdee. A seed of a case, or a curve, is printed from the file that holds most of its runs,
+never from several; controls are printed from results.jsonl. An interrupted run goes on from its
+checkpoint. To evaluate a run again, delete its line; to train it again, delete its folder in
+out/table/ as well. For a comparison of your own, empty the three files, and change SEEDS, CASES,
+METHODS, CURVES and CONTROLS. A case needs class labels: not a folder.
 """
 import json
 import os
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import runtime  # noqa: E402
 
 GPU = torch.cuda.is_available()
-FILE = "gpu.jsonl" if GPU else "cpu.jsonl"
+FILES = ["results.jsonl", "cpu.jsonl", "gpu.jsonl"]
 PRECISION = [] if GPU else ["--dtype", "float32"]    # some CPUs are faster at bfloat16
 SEEDS = [0, 1, 2]
 CASES = {    # title: flags of data.py, with --prior and without spaces in values; steps
@@ -82,8 +83,28 @@ CURVES = {    # what is varied, and for what: {value: run}
     "steps of the sampler, dpm++": {
         n: (HEADLINE, f"--sampler dpm++ --steps {n}") for n in [5, 10, 20]},
     "steps of the sampler, ddim": {20: (HEADLINE, "--sampler ddim --steps 20")}}
+HALF = "--prior 0.5"
+PART = "--prior 0.5 --labeled 1,3,5"
+EMOJI = "--dataset folder --data_dir data/emoji --recipe tiny --prior 0.133"    # by emoji.py
+CONTROLS = {    # title: {row: run}
+    "half of U is odd, 4,000 steps": {
+        "PU": run(HALF),
+        "PU, seed 1": run(HALF, seed=1),
+        "PU without the cap": run(HALF, "--limit inf"),
+        "PU from step 1": run(HALF, "--pu_start 0"),
+        "unsupervised": run(HALF, "--algorithm unsupervised"),
+        "oracle": run(HALF, "--algorithm oracle"),
+        "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle")},
+    "labeled images, without the cap": {
+        n: run(f"{HALF} --n_labeled {n}", "--limit inf") for n in [500, 100, 20]},
+    "S shows 1, 3 and 5": {
+        "PU": run(PART), "filter alone": run(PART, METHODS["filter alone"])},
+    "emoji, flags are sensitive": {
+        name: (run(EMOJI, flags, max_steps=3000)[0], "--n 1000")
+        for name, flags in [("PU", ""), ("PU without the cap", "--limit inf")]}}
 RUNS = dict.fromkeys(sum([runs for case in COMPARISONS.values() for runs in case.values()], [])
-                     + [run for curve in CURVES.values() for run in curve.values()])
+                     + [run for rows in [*CURVES.values(), *CONTROLS.values()]
+                        for run in rows.values()])
 
 # -----------------------------------------------------------------------------
 # training and evaluation
@@ -103,14 +124,14 @@ def complete(flags: str, evaluations: list):
         printed = finish(["evaluate.py", "--ckpt", f"{out_dir}/ckpt.pt", *PRECISION, *more.split()])
         machine = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
         result = dict(flags=flags, evaluate_flags=more, machine=machine)
-        with (ROOT / "results" / FILE).open("a") as file:
+        with (ROOT / "results" / FILES[0]).open("a") as file:
             file.write(json.dumps(result | json.loads(printed.splitlines()[-1])) + "\n")
         runtime.warn(f"{flags} {more}: done")
 
 def make(jobs: int):
     """Does all that has no line yet, several runs at a time. Raises UserError where one fails."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
-    done, todo = read_results(FILE), {}    # flags of train.py: several of evaluate.py
+    done, todo = read_results(FILES[0]), {}    # flags of train.py: several of evaluate.py
     for flags, more in [run for run in RUNS if run not in done]:
         todo.setdefault(flags, []).append(more)
     filters = [["pu_filter.py", *data.split(), "--out_dir", str(Path(scores).parent)]
@@ -123,17 +144,20 @@ def make(jobs: int):
 # -----------------------------------------------------------------------------
 # the tables
 
-def read_lines(name: str) -> list:
-    path = ROOT / "results" / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
 def read_results(name: str) -> dict:
-    """-> {run: result}"""
-    return {(line["flags"], line["evaluate_flags"]): line for line in read_lines(name)}
+    """-> {run: result}. For a folder, rate and FID are by likeness to S and by colours in cells."""
+    path, results = ROOT / "results" / name, {}
+    for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+        if "groups" in line:
+            images = line["groups"]["images"]
+            line |= dict(rate=1 - images["like_s"], rate_low=1 - images["like_s_high"],
+                         rate_high=1 - images["like_s_low"], fid=images["distance"])
+        results[line["flags"], line["evaluate_flags"]] = line
+    return results
 
 def find(runs: dict) -> dict:
-    """{name: run} -> {name: result}, all from the file that has more of them"""
-    results = max(read_results("cpu.jsonl"), read_results("gpu.jsonl"),
+    """{name: run} -> {name: result}, all from the file that has most of them"""
+    results = max(map(read_results, FILES),
                   key=lambda results: len(results.keys() & set(runs.values())))
     return {name: results[run] for name, run in runs.items() if run in results}
 
@@ -175,22 +199,15 @@ def markdown() -> dict:
         tables[title] = [[title, *columns, "flags"]] + [
             [value, *figures([result]), f"`{runs[value][1] or runs[value][0]}`"]
             for value, result in find(runs).items()]
-    tables["headline"] = [["seed", *columns]] + [
-        [r["train_seed"], *figures([r])] for r in read_lines("headline.jsonl")]
-    tables["judges"] = [["images", "n", "rate by the judge", "by the second", "agreement",
-                         "sensitive to either", "to both"]] + [
-        [r["images"], r["n"], *[f"{r[key]:.3f}" for key in ["rate", "rate_by_second", "agreement"]],
-         r["sensitive_to_either"], r["sensitive_to_both"]] for r in read_lines("judges.jsonl")]
-    tables["speed"] = [["", "network", "", "batch", "training, images/s", "sampling, images/s",
-                        "steps", "diffusers has", "training, times", "sampling, times"]]
-    for r in read_lines("speed.jsonl"):
-        how = r.get("how", "compiled" if r["compile"] else "not compiled")
-        speeds = [r["train_images_per_second"], r["sample_images_per_second"]]
-        speeds = [f"{x:,.0f}" if x >= 10 else f"{x:.2f}" for x in speeds]
-        cells = [r["machine"], r["model"], how, r["batch_size"], *speeds, r["steps"]]
-        if r.get("rival"):
-            cells += [r["rival"], f"{r['train_ratio']:.2f}", f"{r['sample_ratio']:.2f}"]
-        tables["speed"].append(cells)
+    results = read_results(FILES[0])
+    for title, runs in CONTROLS.items():
+        found = {row: results[run] for row, run in runs.items() if run in results}
+        own = any("groups" in result for result in found.values())    # without classes
+        heads = ["not like S", "95 %", "distance", ""] if own else [*columns, "1, 3, 5, 7, 9 drawn"]
+        tables[title] = [[title, *heads, "flags"]] + [
+            [row, *figures([result]), ", ".join(map(str, result.get("classes", [])[1::2])),
+             f"`{runs[row][0]}`"] for row, result in found.items()]
+    tables = {title: rows for title, rows in tables.items() if rows[1:]}
     for title, (head, *rows) in tables.items():
         lines = [f"| {' | '.join(map(str, cells))} |" for cells in rows]
         tables[title] = "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
