@@ -72,6 +72,8 @@ def draw_curves():
             below.minorticks_off()
         if len(lines) > 1:
             below.legend(fontsize=11, loc="upper right")
+    above.set_ylim(0.5, 100)
+    below.set_ylim(0.5, 200)    # room for the legend
     return figure
 
 def draw_mechanism():
