@@ -5,7 +5,7 @@ How fast is it? Images per second in training and in sampling, against what the 
     python bench.py --model paper --image_size 32 --channels 3     # the paper's network, for a GPU
     python bench.py --against diffusers                            # beside another library
 
-A training step is that of train.py at prior 0.5, without the log. --against diffusers
+A training step is that of train.py at prior 0.5, without the cap and the log. --against diffusers
 (pip install diffusers) also times that library's U-Net of the same architecture, not compiled.
 """
 import argparse

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.benchmark import Timer
 
 if sys.stderr is None:    # closed, as by 2>&-
     sys.stderr = open(os.devnull, "w")
@@ -348,6 +347,9 @@ def fastest_dtype(device: torch.device) -> str:
 
 def matmul_seconds(dtype: torch.dtype) -> float:
     """The processor time of a 512x512 matrix multiplication on one thread, the best of 5."""
+    # takes a tenth of a second: not for every script
+    from torch.utils.benchmark import Timer
+
     timer = Timer("a @ a", timer=time.thread_time, globals={"a": torch.ones(512, 512, dtype=dtype)})
     return min(timer.timeit(1).mean for _ in range(5))    # other programs do not count
 
