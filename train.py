@@ -33,11 +33,13 @@ from unet import UNet, preset
 # -----------------------------------------------------------------------------
 # recipes and flags
 
+LAPTOP = dict(schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200, max_steps=4000,
+              constant_lr=0.5, limit=3.0)
 DDPM = dict(network="paper", schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500)
 RECIPES = {    # defaults of flags, and settings without a flag
-    # a small network, for digits on a laptop
-    "tiny": dict(network="tiny", schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200,
-                 max_steps=4000, constant_lr=0.5, limit=3.0),
+    # small networks: for digits, and for photographs
+    "tiny": dict(LAPTOP, network="tiny"),
+    "small": dict(LAPTOP, network="small"),
     # the paper's network: first E_U[l], then the PU risk
     "large": dict(DDPM, max_steps=20000, constant_lr=0.5, limit=3.0),
     # section 5 of the paper; an epoch has |U| / batch_size steps
@@ -71,7 +73,7 @@ add("--scores", type=runtime.user_path, help="of pu_filter.py: drop what scores 
 add("--keep", type=runtime.fraction,
     help="with --scores: the fraction of U to keep (default: 0.9 (1 - loss_prior))")
 add = parser.add_argument_group("model and optimization").add_argument
-add("--recipe", choices=["tiny", "large", "paper"],
+add("--recipe", choices=["tiny", "small", "large", "paper"],
     help="network, noise schedule, optimizer, steps (default: the data set's)")
 add("--init_from", help="ckpt.pt, a diffusers folder, or a name on the hub")
 add("--batch_size", type=int, help="images per step, of U and S together")

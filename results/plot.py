@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from table import CASES, CURVES, METHODS, REAL, ROOT, evaluated, find
+from table import CASES, CURVES, METHODS, REAL, ROOT, evaluated
 
 COLORS = dict(zip(METHODS, ["0.6", "tab:brown", "tab:blue", "tab:orange", "tab:green", "0.3"]))
 plt.rcParams.update({"font.size": 12, "axes.labelsize": 13, "axes.titlesize": 13})
@@ -36,7 +36,7 @@ def draw_methods():
         above.set_title(title)
         found = evaluated(title)
         for place, method in enumerate(METHODS):
-            for axes, values in zip([above, below], zip(*map(measures, found[method]))):
+            for axes, values in zip([above, below], zip(*map(measures, found.get(method, [])))):
                 mean = sum(values) / len(values)
                 axes.hlines(mean, place - 0.4, place + 0.4, color=COLORS[method], linewidth=4)
                 axes.plot([place] * len(values), values, "o", color="black", markersize=4)
@@ -45,24 +45,23 @@ def draw_methods():
         for axes, value in zip([above, below], measures(found[REAL][0])):
             axes.axhline(value, color="0.5", ls="--", lw=1, zorder=0)
         below.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right")
-    above.set_ylim(0.1, 200)
-    below.set_ylim(0.1, 200)
+    plt.setp(columns, ylim=(0.1, 200))
     return figure
 
 def draw_curves():
     """Share of sensitive samples, and FID, by what is varied."""
     curves = {}    # what is varied: {a line: {value: result}}
-    for title, runs in CURVES.items():
+    for title in CURVES:
         label, _, line = title.partition(", ")
-        found = find({float(Fraction(x)): run for x, run in runs.items()})
-        if label != "seed" and found:
+        found = {float(Fraction(x)): result for x, (result,) in evaluated(title).items()}
+        if found:
             curves.setdefault(label, {})[line] = found
     figure, columns = panels(len(curves), 3)
     for (label, lines), (above, below) in zip(curves.items(), columns):
         for (line, results), style in zip(lines.items(), ["o-", "s--", "^:"]):
             values = sorted(results)
             for axes, points in zip([above, below], zip(*[measures(results[x]) for x in values])):
-                axes.plot(values, points, style, color="C0", label=line)
+                axes.plot(values, points, style, label=line)
                 axes.grid(alpha=0.4)
         below.set_xlabel(label)
         if "begins" not in label:
@@ -72,8 +71,7 @@ def draw_curves():
             below.minorticks_off()
         if len(lines) > 1:
             below.legend(fontsize=11, loc="upper right")
-    above.set_ylim(0.5, 100)
-    below.set_ylim(0.5, 200)    # room for the legend
+    plt.setp(columns, ylim=(0.5, 200))    # room for the legend
     return figure
 
 def draw_mechanism():

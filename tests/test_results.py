@@ -44,7 +44,7 @@ def test_published_tables_and_figures_are_those_of_the_results(table):
 
 def test_its_flags_and_defaults_are_those_of_the_scripts(table, tmp_path):
     help_of = {script: run(script, "--help").stdout for script in ["train.py", "evaluate.py"]}
-    for flags, evaluate_flags in table.RUNS:
+    for flags, evaluate_flags in table.runs_of(table.TABLES):
         for script, words in [("train.py", flags), ("evaluate.py", evaluate_flags)]:
             assert all(f"{name} " in help_of[script] for name in re.findall(r"--\w+", words))
     run("train.py", "--prior", "0.5", "--max_steps", 2, "--batch_size", 16, "--device", "cpu",
@@ -53,7 +53,7 @@ def test_its_flags_and_defaults_are_those_of_the_scripts(table, tmp_path):
     assert ckpt["args"]["algorithm"] == "pu" and ckpt["pu_start"] == 1
     assert data.DATASETS["mnist"]["n_labeled"] == 2500
     curves = table.CURVES
-    assert {curves["steps"][4000], curves["labeled images"]["2500"], curves["seed"][0],
+    assert {curves["steps"][4000], curves["labeled images, PU"][2500],
             curves["where the PU risk begins"]["1/2"]} == {("--prior 0.5 --max_steps 4000", "")}
 
 
@@ -77,9 +77,11 @@ elif Path("fails").exists() and "supervised" in sys.argv:
 def test_it_makes_what_is_missing_and_goes_on_after_a_failure(table, monkeypatch, tmp_path):
     """With small scripts in the place of the real ones; three runs at a time, then one."""
     title = "MNIST, half of U is odd"
-    runs = [runs[0] for runs in table.COMPARISONS[title].values()]    # of seed 0
-    runs += table.CURVES["steps of the sampler, dpm++"].values()
-    monkeypatch.setattr(table, "RUNS", runs)
+    tables = {title: {row: runs[:1] for row, runs in table.TABLES[title].items()}
+              for title in [title, "steps of the sampler, dpm++"]}
+    runs = table.runs_of(tables)
+    monkeypatch.setattr(table, "TABLES", tables)
+    monkeypatch.setattr(table, "CASES", {title: table.CASES[title]})
     (tmp_path / "results").mkdir()
     for name in ["train.py", "evaluate.py", "pu_filter.py"]:
         (tmp_path / name).write_text(SCRIPT)
@@ -98,7 +100,7 @@ def test_it_makes_what_is_missing_and_goes_on_after_a_failure(table, monkeypatch
     assert sorted((line["flags"], line["evaluate_flags"]) for line in lines) == sorted(runs)
     assert sum(line.startswith("pu_filter.py") for line in calls) == 1    # for two methods
     tables = table.markdown()
-    assert tables["means"].count("| 0.900, 4.00 |  |  |") == len(table.METHODS)
+    assert tables["means"].count("| 0.900, 4.00 |") == len(table.METHODS)
     assert tables[title].count("| 0.900 | ± 0.010 | 4.00 |") == len(table.METHODS)
 
 
@@ -108,7 +110,7 @@ def test_all_methods_of_a_seed_are_from_one_machine(table, monkeypatch, tmp_path
     title = "MNIST, 1 in 11 of U is odd"
     for name, rate, rows in [("gpu", 0.75, [("PU", 0), ("oracle", 0), ("oracle", 1)]),
                              ("cpu", 0.25, [("PU", 0), ("PU", 1), ("supervised", 1)])]:
-        lines = [json.dumps(dict(flags=table.COMPARISONS[title][method][seed][0], rate=rate, fid=4,
+        lines = [json.dumps(dict(flags=table.TABLES[title][method][seed][0], rate=rate, fid=4,
                                  evaluate_flags="", false_alarms=0, fid_floor=0.2))
                  for method, seed in rows]
         (tmp_path / "results" / f"{name}.jsonl").write_text("\n".join(lines))
@@ -124,6 +126,6 @@ def test_it_draws_the_log_of_a_run(table, small_run, tmp_path):
     with Image.open(tmp_path / "log.png") as image:
         assert image.width > 500
     plot = importlib.import_module("plot")
-    curves = {title.split(",")[0] for title in table.CURVES} - {"seed"}
+    curves = {title.split(",")[0] for title in table.CURVES}
     for figure, columns in [(plot.draw_curves(), curves), (plot.draw_methods(), table.CASES)]:
         assert len(figure.axes) == 2 * len(columns) and all(axes.lines for axes in figure.axes)

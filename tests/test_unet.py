@@ -24,7 +24,7 @@ def random_network(config):
 
 @pytest.mark.parametrize("config", [
     preset("tiny", 1, 28),
-    preset("tiny", 3, 31),
+    preset("small", 3, 31),
     replace(preset("paper", 1, 27), channels=(8, 8, 8, 8), groups=4),
     replace(SMALL, image_size=5, patch=4, blocks=2, channels=(8,), attention=()),
     replace(SMALL, channels=(8, 16, 24, 8), attention=(0, 2)),
@@ -53,10 +53,11 @@ def test_patches_and_border_keep_pixels_in_their_place(channels, patch, size):
 
 def test_parameter_counts():
     with torch.device("meta"):
-        paper, tiny = (sum(p.numel() for p in UNet(config).parameters())
-                       for config in [preset("paper", 3, 32), preset("tiny", 1, 28)])
+        paper, small, tiny = (
+            sum(p.numel() for p in UNet(config).parameters())
+            for config in [preset("paper", 3, 32), preset("small", 3, 32), preset("tiny", 1, 28)])
     assert paper == 61_529_091    # "61.5 M", section 5
-    assert 650_000 < tiny < 2_000_000
+    assert 650_000 < tiny < 2_000_000 < small < 3_000_000
 
 
 def test_predicts_zero_at_first():
