@@ -98,9 +98,6 @@ OTHERS = {    # title: {row: run}
         "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle")},
     "cap, 100 labeled images": vary("--limit", [3, 10, "inf"], 3, f"{HALF} --n_labeled 100"),
     "S shows 1, 3 and 5": {"PU": run(PART)},
-    "shirts, fraction of U that the filter keeps": {
-        0.45: run(SHIRTS, METHODS["filter alone"], 3000),
-        0.35: run(SHIRTS, METHODS["filter alone"] + " --keep 0.35", 3000)},
     "photographs, half of U shows animals": {
         name: run(PHOTOS, f"--recipe small {flags}".strip(), 3000)
         for name, flags in [("PU", ""), ("unsupervised", "--algorithm unsupervised"),
