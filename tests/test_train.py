@@ -288,12 +288,13 @@ def test_other_choices(tmp_path):
         assert row["risk"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_that_diverges_never_reaches_a_checkpoint(small_run, tmp_path):
+@pytest.mark.parametrize("lr", ["1", "1e38"])    # the second is no longer finite
+def test_a_run_that_diverges_never_reaches_a_checkpoint(small_run, tmp_path, lr):
     ckpt = torch.load(small_run[0] / "ckpt_prev.pt")    # of step 20
     ckpt["args"]["out_dir"] = str(tmp_path)
     torch.save(ckpt, tmp_path / "ckpt.pt")
     before = (tmp_path / "ckpt.pt").read_bytes()
-    refused("no longer finite", "train.py", "--out_dir", tmp_path, "--resume", "--lr", "1e38")
+    refused("diverged", "train.py", "--out_dir", tmp_path, "--resume", "--lr", lr)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
