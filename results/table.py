@@ -10,7 +10,7 @@ commit cd2fdee. Each seed of a table is printed from the file that holds most of
 from several. The emoji need the folder that emoji.py makes. An interrupted run goes on from its
 checkpoint. To evaluate a run again, delete its line; to train it again, delete its folder in
 out/table/ as well. For a comparison of your own, empty the three files, and change SEEDS, CASES,
-METHODS and TABLES.
+METHODS, CURVES and OTHERS.
 """
 import json
 import os
