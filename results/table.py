@@ -63,7 +63,7 @@ def run(data: str, method: str = "", max_steps: int = 4000, seed: int = 0, more:
     FILTERS[scores] = data
     keep = float(1 - Fraction(re.search(r"--prior (\S+)", data)[1]) * 4 / 5)    # of U
     method = method.replace("SCORES", scores).replace("KEEP", f"{keep:.3g}")
-    return " ".join(filter(None, [data, method, f"--max_steps {max_steps}"])), more
+    return " ".join(f"{data} {method} --max_steps {max_steps}".split()), more
 
 def vary(flag: str, values: list, default, data: str = HALF, steps: int = 4000) -> dict:
     """-> {value of this flag of train.py: run}"""
@@ -99,11 +99,11 @@ OTHERS = {    # title: {row: run}
     "cap, 100 labeled images": vary("--limit", [3, 10, "inf"], 3, f"{HALF} --n_labeled 100"),
     "S shows 1, 3 and 5": {"PU": run(PART)},
     "photographs, half of U shows animals": {
-        name: run(PHOTOS, f"--recipe small {flags}".strip(), 3000)
+        name: run(PHOTOS, f"--recipe small {flags}", 3000)
         for name, flags in [("PU", ""), ("unsupervised", "--algorithm unsupervised"),
                             ("oracle", "--algorithm oracle")]},
     "emoji, flags are sensitive": {
-        name: run(EMOJI, f"--recipe tiny {flags}".strip(), 3000, more="--n 1000")
+        name: run(EMOJI, f"--recipe tiny {flags}", 3000, more="--n 1000")
         for name, flags in [("PU", ""), ("PU without the cap", "--limit inf"),
                             ("filter alone", METHODS["filter alone"])]}}
 TABLES = {    # title: {row: its runs, one per seed}
