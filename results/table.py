@@ -88,13 +88,15 @@ CURVES = {    # what is varied, and for what: {value: run}
     "steps of the sampler, ddim": {20: run(HALF, more="--sampler ddim --steps 20")}}
 PART = f"{HALF} --labeled 1,3,5"
 OTHERS = {    # title: {row: run}
-    "half of U is odd, 4,000 steps": {
+    "half of U is odd": {
         "PU": run(HALF),
         "PU, seed 1": run(HALF, seed=1),
+        "PU, 8,000 steps": run(HALF, max_steps=8000),
         "PU without the cap": run(HALF, "--limit inf"),
         "PU from step 1": run(HALF, "--pu_start 0"),
         "unsupervised": run(HALF, "--algorithm unsupervised"),
         "oracle": run(HALF, "--algorithm oracle"),
+        "filter alone": run(HALF, METHODS["filter alone"]),
         "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle")},
     "cap, 100 labeled images": vary("--limit", [3, 10, "inf"], 3, f"{HALF} --n_labeled 100"),
     "S shows 1, 3 and 5": {"PU": run(PART)},
