@@ -71,7 +71,7 @@ def draw_curves():
             below.minorticks_off()
         if len(lines) > 1:
             below.legend(fontsize=11, loc="upper right")
-    plt.setp(columns, ylim=(0.5, 200))    # room for the legend
+    plt.setp(columns, ylim=(0.2, 200))    # room for the legend
     return figure
 
 def draw_mechanism():

@@ -70,14 +70,13 @@ def vary(flag: str, values: list, default, data: str = HALF, steps: int = 4000) 
     return {value: run(data, "" if value == default else f"{flag} {value}", steps)
             for value in values}
 
-LABELS = [500, 100, 20]
+LABELS = {2500: HALF} | {n: f"{HALF} --n_labeled {n}" for n in [500, 100, 20]}
 CURVES = {    # what is varied, and for what: {value: run}
     "steps": {n: run(HALF, max_steps=n) for n in [1000, 2000, 4000]},
-    "labeled images, PU": vary("--n_labeled", [2500, *LABELS], 2500),
-    "labeled images, no cap": {2500: run(HALF, "--limit inf")} | {
-        n: run(f"{HALF} --n_labeled {n}", "--limit inf") for n in LABELS},
+    "labeled images, PU": {n: run(data) for n, data in LABELS.items()},
+    "labeled images, no cap": {n: run(data, "--limit inf") for n, data in LABELS.items()},
     "labeled images, filter": {
-        n: run(f"{HALF} --n_labeled {n}", METHODS["filter alone"]) for n in LABELS},
+        n: run(data, METHODS["filter alone"]) for n, data in LABELS.items()},
     "prior in the risk, half of U is odd": vary(
         "--loss_prior", ["0.25", "0.5", "0.7"], "0.5", steps=1000),
     "prior in the risk, 1 in 11 is odd": vary(
@@ -98,7 +97,7 @@ OTHERS = {    # title: {row: run}
         "oracle": run(HALF, "--algorithm oracle"),
         "filter alone": run(HALF, METHODS["filter alone"]),
         "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle")},
-    "cap, 100 labeled images": vary("--limit", [3, 10, "inf"], 3, f"{HALF} --n_labeled 100"),
+    "cap, 100 labeled images": vary("--limit", [3, 10, "inf"], 3, LABELS[100]),
     "S shows 1, 3 and 5": {"PU": run(PART)},
     "photographs, half of U shows animals": {
         name: run(PHOTOS, f"--recipe small {flags}", 3000)
