@@ -255,7 +255,7 @@ def main():
 
     figures = dict(dataset=name, sensitive=sensitive, n=len(images), seed=args.seed)
     if ckpt:
-        flags = ["algorithm", "prior", "n_labeled", "labeled", "pu_start", "scores", "recipe",
+        flags = ["algorithm", "prior", "n_labeled", "labeled", "pu_start", "keep", "recipe",
                  "init_from", "dtype"]
         figures |= {flag: run[flag] for flag in flags} | dict(
             loss_prior=ckpt["loss_prior"], train_seed=run["seed"], train_steps=ckpt["step"],

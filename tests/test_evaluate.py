@@ -181,7 +181,7 @@ def test_a_checkpoint_and_the_images_sampled_from_it_are_measured_alike(small_ru
     assert picture(tmp_path / "run" / "evaluation.png").shape == (3 * 33 - 1, 3 * 33 - 1, 3)
     assert figures["train_steps"] == 30 and figures["prior"] == figures["loss_prior"] == 0.5
     assert figures.keys() == set(
-        "dataset sensitive algorithm prior n_labeled labeled pu_start scores recipe init_from "
+        "dataset sensitive algorithm prior n_labeled labeled pu_start keep recipe init_from "
         "dtype loss_prior train_seed train_steps train_seconds n sampler steps sampling_dtype "
         "seed rate rate_low rate_high fid fid_floor classes classifier_accuracy false_alarms "
         "misses".split())
