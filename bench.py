@@ -1,7 +1,7 @@
 """
 How fast is it? Images per second in training and in sampling, against what the machine could do.
 
-    python bench.py                                                # the small network on digits
+    python bench.py                                                # the tiny network on digits
     python bench.py --model paper --image_size 32 --channels 3     # the paper's network, for a GPU
     python bench.py --against diffusers                            # beside another library
 
@@ -126,7 +126,7 @@ results = dict(
     compile=args.compile, threads=threads, steps=args.steps, train_images_per_second=speed,
     step_seconds=seconds["train"], sample_images_per_second=batch_size / seconds["sample"],
     train_flops_per_image=flops, matmul_flops=peak, share_of_peak=flops * speed / peak,
-    memory_bytes=memory, rival="the same architecture" if args.against else None)
+    memory_bytes=memory)
 for name in ["train", "sample"] if args.against else []:
     results[f"{name}_ratio"] = median(row[f"rival_{name}"] / row[name] for row in rounds)
 for name, value in results.items():

@@ -8,7 +8,6 @@ A small convolutional classifier and its training, for the judge, the filter, an
 All published figures come from the judge in evaluate.py. If you change its layers or training,
 raise JUDGE_VERSION there.
 """
-import sys
 import time
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from images import to_float
+from runtime import warn
 
 
 class Classifier(nn.Module):
@@ -68,8 +68,8 @@ def train_classifier(model: Classifier, batch_loss, steps: int, lr: float,
         schedule.step()
         if step % 50 == 0 or step == steps:
             left = (time.monotonic() - start) / step * (steps - step)
-            print(f"\r{name}: step {step}/{steps}, {left:.0f} seconds left ",
-                  end="\n" if step == steps else "", file=sys.stderr, flush=True)
+            end = "\n" if step == steps else ""
+            warn(f"\r{name}: step {step}/{steps}, {left:.0f} seconds left ", end=end)
     return model.eval().requires_grad_(False)
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 source, target = map(Path, sys.argv[1:])
 emoji = json.loads((source / "emoji.json").read_text())
-names = {kind: [e["image"] for e in emoji if (e["category"] == "Flags") == (kind == "flags")
-                and e["category"] != "Component"] for kind in ["flags", "others"]}
+flags = [e["image"] for e in emoji if e["category"] == "Flags"]
+others = [e["image"] for e in emoji if e["category"] not in ("Flags", "Component")]
 rng = random.Random(0)
-for kind, n, part in [("flags", 50, "sensitive"), ("others", 200, "normal_test")]:
-    rng.shuffle(names[kind])
-    for i, name in enumerate(names[kind]):
+for names, n, part in [(flags, 50, "sensitive"), (others, 200, "normal_test")]:
+    rng.shuffle(names)
+    for i, name in enumerate(names):
         folder = target / (part if i < n else "unlabeled")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / "img" / "twitter" / "64" / name, folder)

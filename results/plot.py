@@ -58,7 +58,7 @@ def draw_curves():
             curves.setdefault(label, {})[line] = found
     figure, columns = panels(len(curves), 3)
     for (label, lines), (above, below) in zip(curves.items(), columns):
-        for (line, results), style in zip(lines.items(), ["o-", "s--", "^:"]):
+        for (line, results), style in zip(lines.items(), ["o-", "s--", "^:", "d-."]):
             values = sorted(results)
             for axes, points in zip([above, below], zip(*[measures(results[x]) for x in values])):
                 axes.plot(values, points, style, label=line)
@@ -76,8 +76,7 @@ def draw_curves():
 
 def draw_mechanism():
     """l over the steps of the headline command, by mechanism.py."""
-    lines = (ROOT / "results" / "mechanism.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in (ROOT / "results" / "mechanism.jsonl").open()]
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     steps, switch = [row["step"] for row in rows], rows[0]["pu_start"]
     for kind, style in zip(list(rows[0])[2:], ["C0o-", "C3s-", "C1^--", "C3v:"]):
@@ -91,7 +90,7 @@ def draw_mechanism():
 
 def draw_log(path: Path):
     """l on U and on S and the risk over the steps. The PU risk begins where S appears."""
-    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = list(csv.DictReader(path.open()))
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for name in ["loss_unlabeled", "loss_sensitive", "risk"]:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]

@@ -85,24 +85,22 @@ CURVES = {    # what is varied, and for what: {value: run}
     "steps of the sampler, dpm++": {
         n: run(HALF, more=f"--sampler dpm++ --steps {n}") for n in [5, 10, 20]},
     "steps of the sampler, ddim": {20: run(HALF, more="--sampler ddim --steps 20")}}
-PART = f"{HALF} --labeled 1,3,5"
 OTHERS = {    # title: {row: run}
     "half of U is odd": {
         "PU": run(HALF),
         "PU, seed 1": run(HALF, seed=1),
         "PU, 8,000 steps": run(HALF, max_steps=8000),
         "PU without the cap": run(HALF, "--limit inf"),
+        "PU, 100 labels, a cap of 10": run(LABELS[100], "--limit 10"),
         "PU from step 1": run(HALF, "--pu_start 0"),
         "unsupervised": run(HALF, "--algorithm unsupervised"),
         "oracle": run(HALF, "--algorithm oracle"),
         "filter alone": run(HALF, METHODS["filter alone"]),
         "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle")},
-    "cap, 100 labeled images": vary("--limit", [3, 10, "inf"], 3, LABELS[100]),
-    "S shows 1, 3 and 5": {"PU": run(PART)},
+    "S shows 1, 3 and 5": {"PU": run(f"{HALF} --labeled 1,3,5")},
     "photographs, half of U shows animals": {
-        name: run(PHOTOS, f"--recipe small {flags}", 3000)
-        for name, flags in [("PU", ""), ("unsupervised", "--algorithm unsupervised"),
-                            ("oracle", "--algorithm oracle")]},
+        name: run(PHOTOS, f"--recipe small {METHODS[name]}", 3000)
+        for name in ["PU", "unsupervised", "oracle"]},
     "emoji, flags are sensitive": {
         name: run(EMOJI, f"--recipe tiny {flags}", 3000, more="--n 1000")
         for name, flags in [("PU", ""), ("PU without the cap", "--limit inf"),
