@@ -77,6 +77,9 @@ CURVES = {    # what is varied, and for what: {value: run}
     "labeled images, no cap": {n: run(data, "--limit inf") for n, data in LABELS.items()},
     "labeled images, filter": {
         n: run(data, METHODS["filter alone"]) for n, data in LABELS.items()},
+    "labeled images, filter, then PU": {
+        n: run(data, METHODS["filter, then PU"])
+        for n, data in LABELS.items() if n > 20},    # of 20 the filter leaves 4
     "prior in the risk, half of U is odd": vary(
         "--loss_prior", ["0.25", "0.5", "0.7"], "0.5", steps=1000),
     "prior in the risk, 1 in 11 is odd": vary(
@@ -98,6 +101,8 @@ OTHERS = {    # title: {row: run}
         "filter alone": run(HALF, METHODS["filter alone"]),
         "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle")},
     "S shows 1, 3 and 5": {"PU": run(f"{HALF} --labeled 1,3,5")},
+    "1 in 11 is odd": {
+        "PU": run(RARE), "PU, twice the prior": run(RARE, "--loss_prior 2/11")},
     "photographs, half of U shows animals": {
         name: run(PHOTOS, f"--recipe small {METHODS[name]}", 3000)
         for name in ["PU", "unsupervised", "oracle"]},
