@@ -7,7 +7,6 @@ Draws the results, or a run's log.csv (pip install matplotlib).
 import csv
 import json
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -30,21 +29,20 @@ def measures(result: dict) -> tuple:
     return 100 * (1 - result["rate"]), result["fid"]
 
 def draw_methods():
-    """Dots are seeds, lines their means. Dashed: real normal images."""
-    figure, columns = panels(len(CASES), 4)
-    for title, (above, below) in zip(CASES, columns):
+    """A bar for each method that all cases have. Dashed: real normal images."""
+    cases = {title: evaluated(title) for title in CASES}
+    methods = [method for method in METHODS if all(method in found for found in cases.values())]
+    figure, columns = panels(len(cases), 4)
+    for (title, found), (above, below) in zip(cases.items(), columns):
         above.set_title(title)
-        found = evaluated(title)
-        for place, method in enumerate(METHODS):
-            for axes, values in zip([above, below], zip(*map(measures, found.get(method, [])))):
-                mean = sum(values) / len(values)
-                axes.hlines(mean, place - 0.4, place + 0.4, color=COLORS[method], linewidth=4)
-                axes.plot([place] * len(values), values, "o", color="black", markersize=4)
-                axes.annotate(f"{mean:.2g}", (place, max(values)), (0, 6),
+        for place, method in enumerate(methods):
+            for axes, value in zip([above, below], measures(found[method])):
+                axes.hlines(value, place - 0.4, place + 0.4, color=COLORS[method], linewidth=4)
+                axes.annotate(f"{value:.2g}", (place, value), (0, 6),
                               textcoords="offset points", ha="center")
-        for axes, value in zip([above, below], measures(found[REAL][0])):
+        for axes, value in zip([above, below], measures(found[REAL])):
             axes.axhline(value, color="0.5", ls="--", lw=1, zorder=0)
-        below.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right")
+        below.set_xticks(range(len(methods)), methods, rotation=35, ha="right")
     plt.setp(columns, ylim=(0.1, 200))
     return figure
 
@@ -53,9 +51,8 @@ def draw_curves():
     curves = {}    # what is varied: {a line: {value: result}}
     for title in CURVES:
         label, _, line = title.partition(", ")
-        found = {float(Fraction(x)): result for x, (result,) in evaluated(title).items()}
-        if found:
-            curves.setdefault(label, {})[line] = found
+        curves.setdefault(label, {})[line] = {
+            float(x): result for x, result in evaluated(title).items()}
     figure, columns = panels(len(curves), 3)
     for (label, lines), (above, below) in zip(curves.items(), columns):
         for (line, results), style in zip(lines.items(), ["o-", "s--", "^:", "d-."]):
@@ -64,11 +61,10 @@ def draw_curves():
                 axes.plot(values, points, style, label=line)
                 axes.grid(alpha=0.4)
         below.set_xlabel(label)
-        if "begins" not in label:
-            below.set_xscale("log")
-            ticks = sorted({x for results in lines.values() for x in results})
-            below.set_xticks(ticks, [f"{x:.2g}" if x < 1 else int(x) for x in ticks], rotation=60)
-            below.minorticks_off()
+        below.set_xscale("log")
+        ticks = sorted({x for results in lines.values() for x in results})
+        below.set_xticks(ticks, [f"{x:g}" for x in ticks], rotation=60)
+        below.minorticks_off()
         if len(lines) > 1:
             below.legend(fontsize=11, loc="upper right")
     plt.setp(columns, ylim=(0.2, 200))    # room for the legend

@@ -5,12 +5,10 @@ prints all tables as Markdown. On two cores that takes days.
     python results/table.py --print     # only print
     python results/table.py --jobs 2    # two runs at a time
 
-Results go to results/results.jsonl, on CPUs in float32. cpu.jsonl and gpu.jsonl hold those of
-commit cd2fdee. Each seed of a table is printed from the file that holds most of its runs, never
-from several. The emoji need the folder that emoji.py makes. An interrupted run goes on from its
-checkpoint. To evaluate a run again, delete its line; to train it again, delete its folder in
-out/table/ as well. For a comparison of your own, empty the three files, and change SEEDS, CASES,
-METHODS, CURVES and OTHERS.
+Results go to results/results.jsonl, on CPUs in float32. The emoji need the folder that emoji.py
+makes. An interrupted run goes on from its checkpoint. To evaluate a run again, delete its line; to
+train it again, delete its folder in out/table/ as well. For a comparison of your own, empty that
+file, and change CASES, METHODS, CURVES and OTHERS.
 """
 import json
 import os
@@ -28,9 +26,7 @@ sys.path.insert(0, str(ROOT))
 import runtime  # noqa: E402
 
 GPU = torch.cuda.is_available()
-FILES = ["results.jsonl", "cpu.jsonl", "gpu.jsonl"]
 PRECISION = [] if GPU else ["--dtype", "float32"]    # some CPUs are faster at bfloat16
-SEEDS = [0, 1, 2]
 HALF, RARE = "--prior 0.5", "--prior 1/11"
 SHIRTS = "--dataset fashion_mnist --sensitive shirt --prior 0.5 --n_unlabeled 10000 --n_labeled 500"
 PHOTOS = "--dataset cifar10 --prior 0.5 --n_unlabeled 8000 --n_labeled 2000"
@@ -55,24 +51,18 @@ def folder(text: str) -> str:
     text = re.sub(SCORES_PATH, "filtered", text)
     return "out/table/" + text.replace("--", "").replace("/", "_").replace(" ", "-")
 
-def run(data: str, method: str = "", max_steps: int = 4000, seed: int = 0, more: str = "") -> tuple:
+def run(data: str, method: str = "", max_steps: int = 4000, more: str = "") -> tuple:
     """-> the flags of train.py and of evaluate.py for a result. Those with their default value are
     left out, so that a run has the same flags in every table, and is trained once."""
-    data = f"{data} --seed {seed}" if seed else data
     scores = f"{folder('filter ' + data)}/scores.pt"
     FILTERS[scores] = data
     keep = float(1 - Fraction(re.search(r"--prior (\S+)", data)[1]) * 4 / 5)    # of U
     method = method.replace("SCORES", scores).replace("KEEP", f"{keep:.3g}")
     return " ".join(f"{data} {method} --max_steps {max_steps}".split()), more
 
-def vary(flag: str, values: list, default, data: str = HALF, steps: int = 4000) -> dict:
-    """-> {value of this flag of train.py: run}"""
-    return {value: run(data, "" if value == default else f"{flag} {value}", steps)
-            for value in values}
-
 LABELS = {2500: HALF} | {n: f"{HALF} --n_labeled {n}" for n in [500, 100, 20]}
 CURVES = {    # what is varied, and for what: {value: run}
-    "steps": {n: run(HALF, max_steps=n) for n in [1000, 2000, 4000]},
+    "steps": {n: run(HALF, max_steps=n) for n in [1000, 4000, 8000]},
     "labeled images, PU": {n: run(data) for n, data in LABELS.items()},
     "labeled images, no cap": {n: run(data, "--limit inf") for n, data in LABELS.items()},
     "labeled images, filter": {
@@ -80,28 +70,21 @@ CURVES = {    # what is varied, and for what: {value: run}
     "labeled images, filter, then PU": {
         n: run(data, METHODS["filter, then PU"])
         for n, data in LABELS.items() if n > 20},    # of 20 the filter leaves 4
-    "prior in the risk, half of U is odd": vary(
-        "--loss_prior", ["0.25", "0.5", "0.7"], "0.5", steps=1000),
-    "prior in the risk, 1 in 11 is odd": vary(
-        "--loss_prior", ["1/22", "1/11", "2/11"], "1/11", RARE, 2000),
-    "where the PU risk begins": vary("--pu_start", ["0", "1/3", "1/2", "2/3", "3/4"], "1/2"),
+    "prior in the risk": {
+        prior: run(HALF, "" if prior == "0.5" else f"--loss_prior {prior}", 1000)
+        for prior in ["0.25", "0.5", "0.7"]},
     "steps of the sampler, dpm++": {
-        n: run(HALF, more=f"--sampler dpm++ --steps {n}") for n in [5, 10, 20]},
-    "steps of the sampler, ddim": {20: run(HALF, more="--sampler ddim --steps 20")}}
+        n: run(HALF, more="" if n == 20 else f"--steps {n}") for n in [5, 10, 20]},
+    "steps of the sampler, ddim": {20: run(HALF, more="--sampler ddim")}}
 OTHERS = {    # title: {row: run}
-    "half of U is odd": {
-        "PU": run(HALF),
-        "PU, seed 1": run(HALF, seed=1),
-        "PU, 8,000 steps": run(HALF, max_steps=8000),
+    "controls, half of U is odd": {
+        "PU, seed 1": run(f"{HALF} --seed 1"),
         "PU without the cap": run(HALF, "--limit inf"),
         "PU, 100 labels, a cap of 10": run(LABELS[100], "--limit 10"),
         "PU from step 1": run(HALF, "--pu_start 0"),
-        "unsupervised": run(HALF, "--algorithm unsupervised"),
-        "oracle": run(HALF, "--algorithm oracle"),
-        "filter alone": run(HALF, METHODS["filter alone"]),
-        "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle")},
-    "S shows 1, 3 and 5": {"PU": run(f"{HALF} --labeled 1,3,5")},
-    "1 in 11 is odd": {
+        "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle"),
+        "PU, S shows 1, 3 and 5": run(f"{HALF} --labeled 1,3,5")},
+    "1 in 11 is odd, 4,000 steps": {
         "PU": run(RARE), "PU, twice the prior": run(RARE, "--loss_prior 2/11")},
     "photographs, half of U shows animals": {
         name: run(PHOTOS, f"--recipe small {METHODS[name]}", 3000)
@@ -110,14 +93,15 @@ OTHERS = {    # title: {row: run}
         name: run(EMOJI, f"--recipe tiny {flags}", 3000, more="--n 1000")
         for name, flags in [("PU", ""), ("PU without the cap", "--limit inf"),
                             ("filter alone", METHODS["filter alone"])]}}
-TABLES = {    # title: {row: its runs, one per seed}
-    title: {method: [run(data, flags, steps, seed) for seed in SEEDS]
-            for method, flags in METHODS.items()} for title, (data, steps) in CASES.items()}
-TABLES |= {title: {row: [run] for row, run in runs.items()}
-           for title, runs in (CURVES | OTHERS).items()}
+TABLES = {    # title: {row: run}
+    title: {method: run(data, flags, steps) for method, flags in METHODS.items()}
+    for title, (data, steps) in CASES.items()}
+TABLES["Fashion-MNIST, half of U is shirts"]["filter alone, --keep 0.35"] = run(
+    SHIRTS, f"{METHODS['filter alone']} --keep 0.35", 3000)
+TABLES |= CURVES | OTHERS
 
 def runs_of(tables: dict) -> list:
-    return [run for rows in tables.values() for runs in rows.values() for run in runs]
+    return [run for rows in tables.values() for run in rows.values()]
 
 # -----------------------------------------------------------------------------
 # training and evaluation
@@ -137,14 +121,14 @@ def complete(flags: str, evaluations: list):
         printed = finish(["evaluate.py", "--ckpt", f"{out_dir}/ckpt.pt", *PRECISION, *more.split()])
         machine = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
         result = dict(flags=flags, evaluate_flags=more, machine=machine)
-        with (ROOT / "results" / FILES[0]).open("a") as file:
+        with (ROOT / "results" / "results.jsonl").open("a") as file:
             file.write(json.dumps(result | json.loads(printed.splitlines()[-1])) + "\n")
         runtime.warn(f"{flags} {more}: done")
 
 def make(jobs: int):
     """Does all that has no line yet, several runs at a time. Raises UserError where one fails."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
-    done, todo = read_results(FILES[0]), {}    # flags of train.py: several of evaluate.py
+    done, todo = read_results(), {}    # flags of train.py: several of evaluate.py
     for flags, more in dict.fromkeys(runs_of(TABLES)):
         if (flags, more) not in done:
             todo.setdefault(flags, []).append(more)
@@ -158,9 +142,9 @@ def make(jobs: int):
 # -----------------------------------------------------------------------------
 # the tables
 
-def read_results(name: str) -> dict:
+def read_results() -> dict:
     """-> {run: result}. For a folder, rate and FID are by likeness to S and by colours in cells."""
-    path, results = ROOT / "results" / name, {}
+    path, results = ROOT / "results" / "results.jsonl", {}
     for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
         if "groups" in line:
             images = line["groups"]["images"]
@@ -170,48 +154,36 @@ def read_results(name: str) -> dict:
     return results
 
 def evaluated(title: str) -> dict:
-    """-> {row: results of its seeds} of a table. All of a seed are from one file."""
-    files, rows, found = [read_results(name) for name in FILES], TABLES[title], {}
-    for seed in range(max(map(len, rows.values()))):
-        runs = {row: runs[seed] for row, runs in rows.items() if seed < len(runs)}
-        results = max(files, key=lambda results: len(results.keys() & set(runs.values())))
-        for row, run in runs.items():
-            if run in results:
-                found.setdefault(row, []).append(results[run])
+    """-> {row: result} of a table"""
+    results = read_results()
+    found = {row: results[run] for row, run in TABLES[title].items() if run in results}
     if found and title in CASES:    # what the judge says of real images, and the floor of FID
-        result = next(iter(found.values()))[0]
-        found[REAL] = [dict(rate=1 - result["false_alarms"], fid=result["fid_floor"])]
+        result = next(iter(found.values()))
+        found[REAL] = dict(rate=1 - result["false_alarms"], fid=result["fid_floor"])
     return found
 
-def mean(results: list) -> str:
-    """-> a cell: mean rate and mean FID"""
-    rate, fid = (sum(result[key] for result in results) / len(results) for key in ["rate", "fid"])
-    return f"{rate:.3f}, {fid:.2f}"
-
-def cells(row: str, results: list, title: str) -> list:
-    """-> a row: rates, half the width of the widest of their intervals, FIDs, flags of seed 0"""
-    halves = [(r["rate_high"] - r["rate_low"]) / 2 for r in results if "rate_high" in r]
-    flags = TABLES[title][row][0] if row in TABLES[title] else []
-    return [row, ", ".join(f"{result['rate']:.3f}" for result in results),
-            f"± {max(halves):.3f}" if halves else "",
-            ", ".join(f"{result['fid']:.2f}" for result in results),
+def cells(row: str, result: dict, title: str) -> list:
+    """-> a row: rate, half the width of its interval, FID, flags"""
+    interval = ""
+    if "rate_high" in result:
+        interval = f"± {(result['rate_high'] - result['rate_low']) / 2:.3f}"
+    flags = TABLES[title].get(row, [])
+    return [row, f"{result['rate']:.3f}", interval, f"{result['fid']:.2f}",
             ", ".join(f"`{re.sub(SCORES_PATH, 'SCORES', words)}`" for words in flags if words)]
 
 def markdown() -> dict:
     """-> {title: table} of all that was evaluated"""
-    found = {title: evaluated(title) for title in TABLES}
-    heads = [f"{title}, {steps:,} steps" for title, (_, steps) in CASES.items()]
-    tables = {"means": [["rate, FID", *heads]] + [    # title: rows
-        [row, *[mean(found[title][row]) if row in found[title] else "" for title in CASES]]
-        for row in [*METHODS, REAL]]}
-    for title, rows in found.items():
-        own = any("groups" in results[0] for results in rows.values())    # without classes
-        head = ["not like S", "95 %", "distance"] if own else ["non-sensitive rate", "95 %", "FID"]
-        tables[title] = [[title, *head, "flags"], *[cells(*row, title) for row in rows.items()]]
-    for title, (head, *rows) in tables.items():
-        lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-        tables[title] = "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])
-    return {title: table for title, table in tables.items() if table.count("\n") > 1}
+    tables = {}
+    for title in TABLES:
+        found = evaluated(title)
+        rate, distance = "non-sensitive rate", "FID"
+        if any("groups" in result for result in found.values()):    # images without classes
+            rate, distance = "not like S", "distance"
+        rows = [[title, rate, "95 %", distance, "flags"], ["---"] * 5]
+        rows += [cells(*row, title) for row in found.items()]
+        if found:
+            tables[title] = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    return tables
 
 if __name__ == "__main__":
     parser = runtime.make_parser(__doc__, "python results/table.py [--flag value]")
