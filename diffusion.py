@@ -47,7 +47,7 @@ class GaussianDiffusion(nn.Module):
         if isinstance(schedule, str):
             alpha_bar = noise_schedule(schedule, T)
         else:    # zero terminal SNR (arXiv:2305.08891) ends at 0, which would be a divisor
-            alpha_bar = schedule.detach().double().cpu().clamp(min=2 ** -40)
+            alpha_bar = torch.as_tensor(schedule, dtype=torch.float64).cpu().clamp(min=2 ** -40)
         self.T, self.prediction = len(alpha_bar), prediction
         self.alpha_bar = alpha_bar.tolist()    # float64, for the sampler
         self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)

@@ -210,7 +210,6 @@ def main():
     sampling_flags(parser, n=5000)
     args = parser.parse_args()
     device = runtime.find_device(args.device)
-    rank, _ = runtime.ranks()
     ckpt, channels = None, None
     run = dict(dataset=args.dataset or "mnist", data_dir=DATA_DIR, sensitive=None, hflip=False)
     if args.ckpt:
@@ -224,8 +223,7 @@ def main():
     own = name == "folder"
     sensitive = [] if own else parse_classes(name, args.sensitive or run["sensitive"])
     data_dir = args.data_dir or Path(run["data_dir"])
-    with runtime.first_rank_first():
-        data = load(name, data_dir, args.image_size, channels)
+    data = load(name, data_dir, args.image_size, channels)
     channels, size = data.train.shape[1:3]
 
     if args.export_real:
@@ -249,9 +247,6 @@ def main():
         images = read_images(args.images, channels, size)
     if len(images) < 2:
         raise UserError(f"FID needs two images or more: --n or --images gives {len(images)}")
-    runtime.leave_ranks()
-    if rank > 0:
-        return
 
     figures = dict(dataset=name, sensitive=sensitive, n=len(images), seed=args.seed)
     if ckpt:

@@ -258,13 +258,12 @@ def decode_all(paths: list, labels: torch.Tensor, n_train: int, folder: Path, im
     record = np.dtype([("index", "i8"), ("image", "u1", (channels, image_size, image_size))])
     decoded = decode_each(paths, image_size, channels)
 
-    def write(part):
-        with part.open("wb") as file:
-            np.save(file, np.empty(0, record))
-            n = sum(file.write(np.array(pair, record)) for pair in decoded) // record.itemsize
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(
-                file, dict(descr=record.descr, fortran_order=False, shape=(n,)))
+    def write(file):
+        np.save(file, np.empty(0, record))
+        n = sum(file.write(np.array(pair, record)) for pair in decoded) // record.itemsize
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            file, dict(descr=record.descr, fortran_order=False, shape=(n,)))
 
     if not cache.exists() and os.access(folder, os.W_OK):
         write_whole(cache, write)

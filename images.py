@@ -48,8 +48,7 @@ def grid(images: torch.Tensor) -> torch.Tensor:
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     n_blank = rows * columns - len(images)
-    tiles = F.pad(images.cpu(), (0, 1, 0, 1), value=255)
-    tiles = torch.cat([tiles, torch.full_like(tiles[:1], 255).expand(n_blank, -1, -1, -1)])
+    tiles = F.pad(images.cpu(), (0, 1, 0, 1, 0, 0, 0, n_blank), value=255)
     return rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", r=rows)[:, :-1, :-1]
 
 

@@ -47,7 +47,7 @@ def one_sentence(subject):
 
 
 def load_pretrained(source: str) -> tuple:
-    """-> a network to start from, ready to train, and its diffusion. Averaged weights are taken
+    """-> a network to start from, and its diffusion. Averaged weights are taken
     where there are any. source: a ckpt.pt, or the folder of one; a folder in the diffusers format;
     or OWNER/NAME or OWNER/NAME@REVISION, which that library fetches from the hub.
     Raises UserError where it is missing, damaged, or a model that train.py cannot train."""
@@ -57,10 +57,8 @@ def load_pretrained(source: str) -> tuple:
         raise UserError(f"{source} does not exist, and is not the name of a model on the hub")
     path = path / "ckpt.pt" if (path / "ckpt.pt").exists() else path
     if path.is_file():
-        model, diffusion = load_checkpoint(read_checkpoint(path))
-    else:
-        model, diffusion = load_diffusers(source, path)
-    return model.train().requires_grad_(True), diffusion
+        return load_checkpoint(read_checkpoint(path))
+    return load_diffusers(source, path)
 
 
 def load_diffusers(source: str, path: Path) -> tuple:
@@ -113,8 +111,8 @@ def load_diffusers(source: str, path: Path) -> tuple:
 
 
 def load_checkpoint(ckpt: dict) -> tuple:
-    """A checkpoint of train.py -> its network with the averaged weights, frozen, and its diffusion.
-    Raises UserError where they do not fit this unet.py."""
+    """A checkpoint of train.py -> its network, with the averaged weights and in eval mode, and its
+    diffusion. Raises UserError where they do not fit this unet.py."""
     config, scheduler_config = ckpt["network"]["config"], ckpt["network"]["scheduler_config"]
     with one_sentence("the checkpoint does not fit this unet.py"):
         if scheduler_config is None:
@@ -124,8 +122,8 @@ def load_checkpoint(ckpt: dict) -> tuple:
 
             model = DiffusersUNet(UNet2DModel.from_config(config), scheduler_config)
         model.load_state_dict(ckpt["ema"])
-    return model.eval().requires_grad_(False), GaussianDiffusion(
-        ckpt["diffusion"]["alpha_bar"], ckpt["diffusion"]["prediction"])
+    diffusion = GaussianDiffusion(ckpt["diffusion"]["alpha_bar"], ckpt["diffusion"]["prediction"])
+    return model.eval(), diffusion
 
 
 def describe(model) -> dict:

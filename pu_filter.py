@@ -109,8 +109,6 @@ def main():
     if path.exists():
         raise UserError(f"--out_dir {out_dir} already holds scores: name another folder")
     device = runtime.find_device(args.device)
-    if runtime.ranks()[1] > 1:
-        raise UserError("pu_filter.py is one process, not for torchrun")
     data = load(args.dataset, args.data_dir, args.image_size)
     u, s, _ = split(args.dataset, data, args.sensitive, args.prior, args.n_unlabeled,
                     args.n_labeled, args.seed, args.labeled)

@@ -21,9 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-if sys.stderr is None:    # closed, as by 2>&-
-    sys.stderr = open(os.devnull, "w")
-
 
 def say(*words):
     print(*words, flush=True)
@@ -141,12 +138,13 @@ def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
 # whole files
 
 def write_whole(path: Path, write, keep: Path = None):
-    """Calls write(temporary path), then renames, so that path never holds half a file. What it
+    """Calls write(temporary file), then renames it, so that path never holds half a file. What it
     held before stays under the name `keep`, if that is given."""
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        write(part)
-        with part.open("rb+") as file:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
             os.replace(path, keep)
@@ -157,10 +155,7 @@ def write_whole(path: Path, write, keep: Path = None):
 
 def save_whole(state, path: Path, keep: Path = None):
     """torch.save by write_whole. Given a file, torch.save raises OSError where a disk is full."""
-    def write(part):
-        with part.open("wb") as file:
-            torch.save(state, file)
-    write_whole(path, write, keep)
+    write_whole(path, lambda file: torch.save(state, file), keep)
 
 
 def load_verified(path: Path, kind: str) -> dict:
@@ -247,15 +242,17 @@ class SignalWatch:
 # -----------------------------------------------------------------------------
 # devices and ranks
 
-def find_device(name: str = None) -> torch.device:
-    """The device of that name; without a name cuda, else mps, else cpu. Under torchrun, each
-    process (rank) gets a device of its own, and only the first prints.
-    Raises UserError where this machine has no such device."""
-    torchrun = dist.is_available() and dist.is_torchelastic_launched()
+def find_device(name: str = None, torchrun: bool = False) -> torch.device:
+    """The device of that name; without a name cuda, else mps, else cpu. torchrun: this script may
+    run under torchrun, where each process (rank) gets a device of its own, and only the first
+    prints. Raises UserError where this machine has no such device, and for other scripts there."""
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    if launched and not torchrun:
+        raise UserError("torchrun is for train.py: start one process, or more with other --seed")
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(name)
-        if torchrun:    # nothing connects the ranks of mps
+        if launched:    # nothing connects the ranks of mps
             index = int(os.environ["LOCAL_RANK"])
             device = torch.device("cuda", index) if device.type == "cuda" else torch.device("cpu")
         torch.zeros(1, device=device).item()
@@ -264,7 +261,7 @@ def find_device(name: str = None) -> torch.device:
         raise UserError(f"--device {name} is not available here: {reason}") from None
     if device.index:
         torch.accelerator.set_device_index(device.index)    # "cuda" means cuda:1 from now on
-    if torchrun:
+    if launched:
         gpu = device if device.type == "cuda" else None
         # a day, since other ranks may wait for a download
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=timedelta(days=1))
@@ -290,10 +287,10 @@ def leave_ranks():
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """-> the mean of the x of all ranks, on every rank. x itself stays."""
     _, world = ranks()
-    x = x.clone()
+    x = x / world
     if world > 1:
         dist.all_reduce(x)
-    return x / world
+    return x
 
 
 @contextmanager

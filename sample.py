@@ -4,17 +4,16 @@ Images from a checkpoint of train.py: a grid to look at, or a folder of PNGs for
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 64 --grid samples.png
     python sample.py --ckpt out/mnist-pu-0.5/ckpt.pt --n 5000 --out_dir samples/
     python sample.py --ckpt out/cifar10-pu-0.09091-init_from/ckpt.pt --save_diffusers cleaned/
-    torchrun --standalone --nproc_per_node=8 -- sample.py --ckpt out/big/ckpt.pt --out_dir samples/
 
-The same --seed, --n and --batch_size give the same images, on one GPU or on many. --save_diffusers
-writes a network that came from the diffusers library back into its format.
+The same --seed, --n, --batch_size and --dtype give the same images. On several GPUs, start one
+process each, with --device cuda:1, another --seed and another folder. --save_diffusers writes a
+network that came from the diffusers library back into its format.
 """
 import argparse
 import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import runtime
 from diffusion import SAMPLERS
@@ -46,9 +45,8 @@ def empty_png_folder(folder: Path, flag: str):
 @torch.no_grad()
 def draw(args: argparse.Namespace, model, diffusion, device: torch.device,
          out_dir: Path = None) -> torch.Tensor:
-    """Samples args.n images, which also go to out_dir as PNGs, if it is given. Ranks take turns to
-    sample a batch. -> all images [N, C, H, W] uint8 on the CPU, on every rank.
-    Raises UserError for flags that are out of range."""
+    """Samples args.n images, which also go to out_dir as PNGs, if it is given.
+    -> [N, C, H, W] uint8 on the CPU. Raises UserError for flags that are out of range."""
     runtime.require_positive(args, "n", "steps", "batch_size")
     args.steps = args.steps or {"dpm++": 20, "ddim": 50, "ddpm": diffusion.T}[args.sampler]
     if args.steps > diffusion.T:
@@ -56,29 +54,22 @@ def draw(args: argparse.Namespace, model, diffusion, device: torch.device,
     runtime.set_precision(args, device)
     model = model.to(device, memory_format=torch.channels_last)
     diffusion, config = diffusion.to(device), model.config
-    shape = (args.n, config.image_channels, config.image_size, config.image_size)
-    images = torch.zeros(shape, dtype=torch.uint8, device=device)
+    shape = (config.image_channels, config.image_size, config.image_size)
+    images = torch.zeros(args.n, *shape, dtype=torch.uint8)
     generator = torch.Generator(device).manual_seed(args.seed)
-    rank, world = runtime.ranks()
     with runtime.autocast(args, device):
         if args.compile:
-            x = torch.zeros_like(images[:args.batch_size], dtype=torch.float32)
+            x = torch.zeros(min(args.n, args.batch_size), *shape, device=device)
             t = torch.zeros(len(x), dtype=torch.long, device=device)
             model = runtime.compiled(model, lambda fast: fast(x, t))
         for number, batch in enumerate(images.split(args.batch_size)):
-            mine = number % world == rank
-            # the batch of another rank takes its noise from the generator, but no network call
-            network = model if mine else lambda x, t: x
-            x = diffusion.sample(network, batch.shape, args.steps, args.sampler,
-                                 generator=generator, progress=mine and sys.stderr.isatty())
-            if mine:
-                batch.copy_(to_uint8(x))
-            if mine and out_dir:
-                for i, image in enumerate(batch.cpu(), start=number * args.batch_size):
+            x = diffusion.sample(model, batch.shape, args.steps, args.sampler,
+                                 generator=generator, progress=sys.stderr.isatty())
+            batch.copy_(to_uint8(x))
+            if out_dir:
+                for i, image in enumerate(batch, start=number * args.batch_size):
                     save_png(image, out_dir / f"{i:05d}.png")
-    if world > 1:
-        dist.all_reduce(images)    # each image is zero on all ranks but one
-    return images.cpu()
+    return images
 
 
 def main():
@@ -95,21 +86,19 @@ def main():
         args.grid = Path("samples.png")
     model, diffusion = load_checkpoint(runtime.read_checkpoint(args.ckpt))
     if args.out_dir:
-        empty_png_folder(args.out_dir, "--out_dir")    # before any rank writes
+        empty_png_folder(args.out_dir, "--out_dir")
     if args.grid:    # fails now, not after sampling
         runtime.check_png(args.grid)
     device = runtime.find_device(args.device)
-    rank, _ = runtime.ranks()
-    if args.save_diffusers and rank == 0:
+    if args.save_diffusers:
         save_diffusers(model, args.save_diffusers)
         say(f"{args.save_diffusers}: the model, in the diffusers format")
     if args.grid or args.out_dir:
         images = draw(args, model, diffusion, device, args.out_dir)
-        if args.grid and rank == 0:
+        if args.grid:
             save_png(grid(images), args.grid)
         places = " and ".join(str(path) for path in (args.grid, args.out_dir) if path)
         say(f"{args.n} images, by {args.sampler}: {places}")
-    runtime.leave_ranks()
 
 
 if __name__ == "__main__":

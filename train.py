@@ -34,19 +34,18 @@ from unet import UNet, preset
 # recipes and flags
 
 LAPTOP = dict(schedule="lognormal", prediction="v", lr=2e-3, warmup_steps=200, max_steps=4000,
-              constant_lr=0.5, limit=3.0)
+              constant_lr=0.5)
 DDPM = dict(network="paper", schedule="linear", prediction="eps", lr=1e-4, warmup_steps=500)
 RECIPES = {    # defaults of flags, and settings without a flag
     # small networks: for digits, and for photographs
     "tiny": dict(LAPTOP, network="tiny"),
     "small": dict(LAPTOP, network="small", lr=5e-4),    # with 2e-3 the PU risk diverged
     # the paper's network: first E_U[l], then the PU risk
-    "large": dict(DDPM, max_steps=20000, constant_lr=0.5, limit=3.0),
+    "large": dict(DDPM, max_steps=20000, constant_lr=0.5),
     # section 5 of the paper; an epoch has |U| / batch_size steps
     "paper": dict(DDPM, epochs=100, pu_start=0.0, constant_lr=0.0, limit=math.inf),
     # with --init_from, whose model knows U already
-    "fine_tuning": dict(lr=1e-4, warmup_steps=500, epochs=20, pu_start=0.0, constant_lr=0.0,
-                        limit=3.0),
+    "fine_tuning": dict(lr=1e-4, warmup_steps=500, epochs=20, pu_start=0.0, constant_lr=0.0),
 }
 GRAD_CLIP = 1.0      # largest norm of the gradient
 EMA_DECAY = 0.999    # of the average of the weights, which is sampled from
@@ -65,7 +64,7 @@ add("--pu_start", type=runtime.number,
          "small; 0 with --recipe paper or --init_from)")
 add("--correction", default="abs", choices=["abs", "nn", "none"],
     help="of a negative estimate of the normal loss (default: abs)")
-add("--limit", type=float,
+add("--limit", type=float, default=3.0,
     help="cap l at this multiple of its mean on U (default: 3, paper: inf; unused where a new "
          "network begins with the PU risk)")
 add("--loss_prior", type=runtime.fraction, help="use another prior in the risk (default: --prior)")
@@ -117,7 +116,7 @@ args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
 data.check_data_flags(args)
 runtime.require_positive(args, "batch_size", "grad_accum", "max_steps", "lr", "limit",
                          "save_interval")
-for name, value in ckpt["args"].items() if ckpt else []:
+for name, value in (ckpt["args"].items() if ckpt else []):
     if name == "max_steps" and args.max_steps != value:
         raise UserError(f"--max_steps: this run was planned for {value} steps, where its learning "
                         f"rate ends. Start a new one, or fine-tune it: --init_from {ckpt_path}")
@@ -129,7 +128,7 @@ if args.algorithm == "oracle" and (args.scores or args.dataset == "folder"):
     raise UserError("--algorithm oracle knows the labels of U: it needs no --scores, and a folder "
                     "has no labels")
 args.loss_prior = args.loss_prior or args.prior
-device = runtime.find_device(args.device)
+device = runtime.find_device(args.device, torchrun=True)
 rank, world = runtime.ranks()
 runtime.set_precision(args, device)
 torch.manual_seed(args.seed)
@@ -140,7 +139,6 @@ torch.manual_seed(args.seed)
 model = None
 if ckpt:
     model, diffusion = load_checkpoint(ckpt)
-    model.train().requires_grad_(True)
 elif args.init_from:
     with runtime.first_rank_first():
         model, diffusion = load_pretrained(args.init_from)
@@ -215,7 +213,8 @@ if model is None:
 if (model.config.image_channels, model.config.image_size) != shape[:2]:
     raise UserError(f"{args.init_from} draws images of {model.config.image_channels} channels and "
                     f"{model.config.image_size} pixels, {args.dataset} has {tuple(shape)}")
-model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
+model = model.train().to(device, memory_format=torch.channels_last)
+diffusion = diffusion.to(device)
 ema = copy.deepcopy(model).eval().requires_grad_(False)
 net = model
 if world > 1:
@@ -284,7 +283,6 @@ if ckpt:
     typical = ckpt["typical"] if ckpt["typical"] is None else ckpt["typical"].to(device)
 first_step, start = step, time.monotonic()
 before_path = args.out_dir / f"samples_{pu_start:06d}.png"
-log_interval = min(100, args.save_interval)
 sums, n_summed = {}, 0    # over the steps since the last row of the log
 
 # losses are without the cap; the difference is with it, and share_negative is how often it was < 0
@@ -296,10 +294,9 @@ if rank == 0:
     log = runtime.open_log(args.out_dir / "log.csv", columns, step)
 
 def save_checkpoint():
-    alpha_bar = torch.tensor(diffusion.alpha_bar, dtype=torch.float64)
     saved = {name: module.state_dict() for name, module in state.items()}
     saved |= dict(network=describe(model), step=step, seconds=seconds + time.monotonic() - start,
-                  diffusion=dict(alpha_bar=alpha_bar, prediction=diffusion.prediction),
+                  diffusion=dict(alpha_bar=diffusion.alpha_bar, prediction=diffusion.prediction),
                   args=runtime.plain(args), loss_prior=loss_prior, pu_start=pu_start,
                   typical=typical, checksum=checksum)
     runtime.save_whole(saved, ckpt_path, keep=previous_path)
@@ -328,7 +325,8 @@ say(f"{args.dataset}: U has {n_unlabeled:,} images, a fraction of {args.prior:.4
     f"({which}); S has {n_labeled:,}{f', of {args.labeled}' if args.labeled else ''}"
     f"{'; images are mirrored at random' if args.hflip else ''}")
 if len(u) < n_unlabeled:
-    say(f"training sees {len(u):,} images of U and {len(s):,} of S, by {args.scores or 'labels'}")
+    of_s = f" and {len(s):,} of S" if n_s else ""
+    say(f"training sees {len(u):,} images of U{of_s}, by {args.scores or 'labels'}")
 if pu_start:
     say(f"steps 1 to {pu_start} minimise {ordinary}, on {args.batch_size} images of U per step")
 say(f"steps {pu_start + 1} to {args.max_steps} minimise {minimised}, on {n_u} images of U"
@@ -407,7 +405,7 @@ while step < args.max_steps:
 
     save_is_due = step % args.save_interval == 0 or step in (pu_start, args.max_steps)
     signal_number = watch.received(step, device)
-    if step % log_interval == 0 or save_is_due or signal_number:    # checked before it is saved
+    if step % 100 == 0 or save_is_due or signal_number:    # checked before it is saved
         row = {name: float(mean_over_ranks(total) / n_summed) for name, total in sums.items()}
         finite = math.isfinite(row["risk"]) and all(p.isfinite().all() for p in ema.parameters())
         # images of U above the cap have no gradient: the network would not learn them again

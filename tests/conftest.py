@@ -141,33 +141,6 @@ def small_run(tmp_path_factory):
     return folder, run("train.py", *flags).stdout
 
 
-@pytest.fixture(scope="session")
-def whole_batches(small_run, tmp_path_factory):
-    """Trains with one micro-batch per step, so that the difference E_U[l] - prior E_S[l] is
-    sometimes negative. Returns the flags and the folder for each correction."""
-    runs = {}
-    for correction in ["abs", "nn"]:    # the PU risk begins at step 1
-        folder = tmp_path_factory.mktemp("whole") / "run"
-        flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--correction", correction,
-                 "--sensitive", "even", "--loss_prior", 0.99, "--lr", 1e-4,
-                 "--pu_start", 1, "--limit", 3, "--max_steps", 5, "--save_interval", 1]
-        run("train.py", *flags, "--out_dir", folder)
-        runs[correction] = flags, folder
-    return runs
-
-
-@pytest.fixture(scope="session")
-def two_ranks(small_run, whole_batches, tmp_path_factory):
-    """Does the same as two ranks, and samples from small_run. Returns what they printed and the
-    folder of abs/, nn/, grid.png and pngs/."""
-    folder = tmp_path_factory.mktemp("ranks")
-    training = [["train.py", *flags, "--out_dir", folder / correction]
-                for correction, (flags, _) in whole_batches.items()]
-    sampling = ["sample.py", *SAMPLING, "--ckpt", small_run[0] / "ckpt.pt",
-                "--grid", folder / "grid.png", "--out_dir", folder / "pngs"]
-    return torchrun(*training, sampling), folder
-
-
 def make_folder(root, n=200, broken=()):
     """Writes a user's own data set: real digits as PNG and JPEG files in subfolders of unlabeled/
     (n images), sensitive/ (n / 4) and normal_test/ (5).

@@ -61,18 +61,18 @@ def test_loss_and_samples_are_those_of_the_library(tmp_path, scheduler, toleranc
 def test_a_checkpoint_holds_either_kind_of_network(pipeline, tmp_path):
     ours = UNet(UNetConfig(1, 28, (8, 16), blocks=1, attention=(1,), groups=4, patch=4))
     theirs, diffusion = load_pretrained(str(pipeline))
-    alpha_bar = torch.tensor(diffusion.alpha_bar, dtype=torch.float64)
+    alpha_bar = diffusion.alpha_bar
     for model in (ours, theirs):
         torch.save(dict(network=describe(model), ema=model.state_dict(), step=0,
                         diffusion=dict(alpha_bar=alpha_bar, prediction="v")), tmp_path / "ckpt.pt")
         ckpt = torch.load(tmp_path / "ckpt.pt", weights_only=True)
         back, diffusion = load_checkpoint(ckpt)
-        assert (diffusion.alpha_bar, diffusion.prediction) == (alpha_bar.tolist(), "v")
+        assert (diffusion.alpha_bar, diffusion.prediction) == (alpha_bar, "v")
         assert type(back) is type(model) and back.config == model.config
         assert same(back.state_dict(), model.state_dict())
-        assert not back.training and not any(p.requires_grad for p in back.parameters())
+        assert not back.training
         again, _ = load_pretrained(str(tmp_path))    # the folder of the ckpt.pt
-        assert again.training and all(p.requires_grad for p in again.parameters())
+        assert same(again.state_dict(), model.state_dict())
         ckpt["ema"].popitem()
         with pytest.raises(UserError, match="does not fit this unet.py"):
             load_checkpoint(ckpt)

@@ -1,10 +1,7 @@
 """sample.py as a user runs it, with a real checkpoint."""
-import shlex
-import subprocess
-
 import numpy as np
 import pytest
-from conftest import SAMPLING, command, refused, run
+from conftest import SAMPLING, refused, run
 from PIL import Image
 
 
@@ -16,17 +13,15 @@ def sample(folder, *flags, **kwargs):
     return run("sample.py", "--ckpt", folder / "ckpt.pt", *SAMPLING, *flags, **kwargs)
 
 
-def test_grid_and_folder_hold_the_same_images_on_one_or_two_ranks(small_run, two_ranks, tmp_path):
+def test_grid_and_folder_hold_the_same_images(small_run, tmp_path):
     sample(small_run[0], "--grid", tmp_path / "new" / "grid.png", "--out_dir", tmp_path / "pngs")
     names = [f"{i:05d}.png" for i in range(7)]
     grid = pixels(tmp_path / "new" / "grid.png")
     assert grid.shape == (3 * 29 - 1, 3 * 29 - 1)
-    for folder in [tmp_path / "pngs", two_ranks[1] / "pngs"]:
-        assert sorted(path.name for path in folder.iterdir()) == names
-        for i, name in enumerate(names):
-            tile = grid[i // 3 * 29:, i % 3 * 29:][:28, :28]
-            assert np.abs(pixels(folder / name) - tile).max() <= 1    # ranks may round otherwise
-    assert np.abs(pixels(two_ranks[1] / "grid.png") - grid).max() <= 1
+    assert sorted(path.name for path in (tmp_path / "pngs").iterdir()) == names
+    for i, name in enumerate(names):
+        tile = grid[i // 3 * 29:, i % 3 * 29:][:28, :28]
+        assert np.array_equal(pixels(tmp_path / "pngs" / name), tile)
 
 
 def test_half_precision_draws_nearly_the_same(small_run, tmp_path):
@@ -51,13 +46,6 @@ def test_samples_come_from_the_average_of_the_weights(small_run, tmp_path, monke
     run("sample.py", "--device", "cpu", "--dtype", "float32", "--ckpt", "~/ckpt.pt", cwd=tmp_path)
     expected = pixels(small_run[0] / "samples_000030.png")
     assert np.array_equal(pixels(tmp_path / "samples.png"), expected)
-
-
-def test_it_works_where_stderr_is_closed(small_run, tmp_path):
-    line = command("sample.py", "--ckpt", small_run[0] / "ckpt.pt", *SAMPLING,
-                   "--grid", tmp_path / "grid.png")
-    subprocess.run(f"{shlex.join(line)} 2>&-", shell=True, check=True)
-    assert (tmp_path / "grid.png").exists()
 
 
 @pytest.mark.parametrize("flags, words", [

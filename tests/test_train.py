@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, make_folder, overhear, read_log, refused, run, same
+from conftest import ROOT, SMALL, make_folder, overhear, read_log, refused, run, same, torchrun
 from PIL import Image
 
 import data
@@ -231,14 +231,20 @@ def assert_same_path(folder_a, folder_b):
             torch.testing.assert_close(a[weights][name], b[weights][name], rtol=0, atol=1e-5)
 
 
-def test_two_ranks_follow_the_path_of_one(whole_batches, two_ranks):
+def test_two_ranks_follow_the_path_of_one(small_run, tmp_path):
     """Also where the difference is negative."""
-    printed, folder = two_ranks
+    flags = [*SMALL, "--init_from", small_run[0] / "ckpt.pt", "--sensitive", "even",
+             "--loss_prior", 0.99, "--lr", 1e-4, "--pu_start", 1, "--limit", 3, "--max_steps", 5,
+             "--save_interval", 1, "--correction"]
+    for correction in ["abs", "nn"]:
+        run("train.py", *flags, correction, "--out_dir", tmp_path / correction)
+    printed = torchrun(*(["train.py", *flags, correction, "--out_dir", tmp_path / f"{correction} 2"]
+                         for correction in ["abs", "nn"]))
     assert printed.count("step 5/5") == 2
     for correction in ["abs", "nn"]:
-        whole = whole_batches[correction][1]
+        whole = tmp_path / correction
         assert {row["share_negative"] for row in read_log(whole)[1:]} == {0, 1}
-        assert_same_path(whole, folder / correction)
+        assert_same_path(whole, tmp_path / f"{correction} 2")
 
 
 def test_micro_batches_follow_the_path_of_one_batch(tmp_path):
