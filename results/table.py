@@ -78,8 +78,6 @@ CURVES = {    # what is varied, and for what: {value: run}
     "steps of the sampler, ddim": {20: run(HALF, more="--sampler ddim")}}
 OTHERS = {    # title: {row: run}
     "controls, half of U is odd": {
-        "PU, seed 1": run(f"{HALF} --seed 1"),
-        "PU without the cap": run(HALF, "--limit inf"),
         "PU, 100 labels, a cap of 10": run(LABELS[100], "--limit 10"),
         "PU from step 1": run(HALF, "--pu_start 0"),
         "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle"),
@@ -94,8 +92,9 @@ OTHERS = {    # title: {row: run}
         for name, flags in [("PU", ""), ("PU without the cap", "--limit inf"),
                             ("filter alone", METHODS["filter alone"])]}}
 TABLES = {    # title: {row: run}
-    title: {method: run(data, flags, steps) for method, flags in METHODS.items()}
-    for title, (data, steps) in CASES.items()}
+    title + seed: {method: run(data + flag, flags, steps) for method, flags in METHODS.items()}
+    for title, (data, steps) in CASES.items()
+    for seed, flag in [("", ""), (", seed 1", " --seed 1")]}
 TABLES["Fashion-MNIST, half of U is shirts"]["filter alone, --keep 0.35"] = run(
     SHIRTS, f"{METHODS['filter alone']} --keep 0.35", 3000)
 TABLES |= CURVES | OTHERS
