@@ -88,7 +88,9 @@ def load_records(name: str, folder: Path) -> tuple:
     archive, top = folder / urls[0].split("/")[-1], folder / top
     if not top.exists():
         fetch(urls, archive, check_md5, md5)
-        unpack(archive, top, filter="data")    # refuses paths that lead outside
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:    # whole or not at all
+            shutil.unpack_archive(archive, temporary, filter="data")    # no paths outside
+            os.replace(Path(temporary, top.name), top)
         archive.unlink()
     arrays = []
     for part, pattern in [("train", "data_batch_*.bin"), ("test", "test_batch.bin")]:
@@ -108,12 +110,10 @@ def load_celeba(folder: Path, image_size: int, channels: int) -> tuple:
     Labels are bool [N, 80]: the 40 attributes, then the negation of each."""
     root = folder / "img_align_celeba"
     attributes, partition = folder / "list_attr_celeba.txt", folder / "list_eval_partition.txt"
-    if not root.exists() and root.with_suffix(".zip").exists():
-        unpack(root.with_suffix(".zip"), root)
     missing = [path.name for path in [attributes, partition, root] if not path.exists()]
     if missing:
-        raise UserError(f"CelebA cannot be downloaded by a script: get {', '.join(missing)} from "
-                        f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, for {folder}")
+        raise UserError(f"{folder} needs {', '.join(missing)}, unpacked: no script can download "
+                        f"CelebA. It is at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html")
     try:
         names, parts = np.loadtxt(partition, str).T
         table = np.loadtxt(attributes, str, skiprows=2)    # a name, and 40 times 1 or -1
@@ -155,13 +155,6 @@ def check_md5(path: Path, md5: str):
     with path.open("rb") as file:
         if hashlib.file_digest(file, "md5").hexdigest() != md5:
             raise UserError(f"{path} is not the published file: delete it to download it again")
-
-
-def unpack(archive: Path, top: Path, **options):
-    """Unpacks the folder `top` of an archive beside it, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=top.parent) as temporary:
-        shutil.unpack_archive(archive, temporary, **options)
-        os.replace(Path(temporary, top.name), top)
 
 
 # -----------------------------------------------------------------------------

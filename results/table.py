@@ -42,6 +42,7 @@ METHODS = {    # name: flags of train.py, where SCORES is a file and KEEP a numb
     "filter alone": "--algorithm unsupervised --scores SCORES",
     "filter, then PU": "--scores SCORES --keep KEEP",
     "oracle": "--algorithm oracle"}
+SEEDS = {"": "", ", seed 1": " --seed 1"}    # what a title says: flags
 REAL = "real normal images"
 SCORES_PATH = r"out/table/\S+/scores\.pt"    # the name of its folder has the flags of pu_filter.py
 FILTERS = {}    # file of scores: the flags of pu_filter.py that make it
@@ -88,13 +89,13 @@ OTHERS = {    # title: {row: run}
         name: run(PHOTOS, f"--recipe small {METHODS[name]}", 3000)
         for name in ["PU", "unsupervised", "oracle"]},
     "emoji, flags are sensitive": {
-        name: run(EMOJI, f"--recipe tiny {flags}", 3000, more="--n 1000")
+        name + seed: run(EMOJI + flag, f"--recipe tiny {flags}", 3000, more="--n 1000")
         for name, flags in [("PU", ""), ("PU without the cap", "--limit inf"),
-                            ("filter alone", METHODS["filter alone"])]}}
+                            ("filter alone", METHODS["filter alone"])]
+        for seed, flag in SEEDS.items()}}
 TABLES = {    # title: {row: run}
     title + seed: {method: run(data + flag, flags, steps) for method, flags in METHODS.items()}
-    for title, (data, steps) in CASES.items()
-    for seed, flag in [("", ""), (", seed 1", " --seed 1")]}
+    for title, (data, steps) in CASES.items() for seed, flag in SEEDS.items()}
 TABLES["Fashion-MNIST, half of U is shirts"]["filter alone, --keep 0.35"] = run(
     SHIRTS, f"{METHODS['filter alone']} --keep 0.35", 3000)
 TABLES |= CURVES | OTHERS

@@ -9,7 +9,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""    # the equalities hold for float32 on a CPU
@@ -170,23 +169,16 @@ def write_cifar10(folder, batches=2, n=5):
         (folder / name).write_bytes(records.tobytes())
 
 
-def write_celeba(folder, as_zip):
-    folder.mkdir(parents=True)
+def write_celeba(folder):
+    (folder / "img_align_celeba").mkdir(parents=True)
     names = ["5_o_Clock_Shadow", *(f"Attribute_{i}" for i in range(1, 40))]
     rows, partition = [], []
     for i in range(3):    # 178 x 218: red, blue to the right, green outside the centre square
         face = np.zeros((218, 178, 3), np.uint8)
         face[:, :89, 0] = face[:, 89:, 2] = 250
         face[:18] = face[-18:] = (0, 250, 0)
-        stream = io.BytesIO()
-        Image.fromarray(face).save(stream, "JPEG", quality=95)
         name = f"{i + 1:06d}.jpg"
-        if as_zip:
-            with zipfile.ZipFile(folder / "img_align_celeba.zip", "a") as archive:
-                archive.writestr(f"img_align_celeba/{name}", stream.getvalue())
-        else:
-            (folder / "img_align_celeba").mkdir(exist_ok=True)
-            (folder / "img_align_celeba" / name).write_bytes(stream.getvalue())
+        Image.fromarray(face).save(folder / "img_align_celeba" / name, quality=95)
         values = [1 if (k + i) % 2 == 0 else -1 for k in range(40)]
         rows.append(f"{name} " + " ".join(f"{value:2d}" for value in values) + " ")
         partition.append(f"{name} {[0, 1, 2][i]}")
