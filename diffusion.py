@@ -15,7 +15,7 @@ import sys
 import torch
 import torch.nn as nn
 
-SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # default eta: the share of fresh noise
+SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # default eta: the scale of fresh noise
 
 
 def noise_schedule(name: str, T: int) -> torch.Tensor:
@@ -26,7 +26,7 @@ def noise_schedule(name: str, T: int) -> torch.Tensor:
         return (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0)
     if name == "lognormal":
         share = (torch.arange(T, dtype=torch.float64) + 0.5) / T
-        return torch.sigmoid(-0.5 - 2 * torch.special.ndtri(share))
+        return torch.sigmoid(-0.5 - 2 * torch.special.ndtri(share))    # ndtri: normal quantiles
     raise ValueError(f"unknown schedule {name!r}: choose linear or lognormal")
 
 
@@ -67,7 +67,7 @@ class GaussianDiffusion(nn.Module):
                        **condition) -> torch.Tensor:
         """l(x_0) = ||eps - model(x_t, t)||^2, the sum over pixels: one sample of the simplified
         negative ELBO (DDPM, eq. 14, which has the mean over images). For networks that predict v,
-        ||v - model(x_t, t)||^2, which is the same divided by alpha_bar_t.
+        ||v - model(x_t, t)||^2, which is the error of the eps that follows, divided by alpha_bar_t.
         x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast. Where they are not given,
         t [B] is drawn uniformly from [0, T), and eps, like x_0, from N(0, I).
         condition: more arguments of the network, such as labels=[B]."""
@@ -104,7 +104,7 @@ class GaussianDiffusion(nn.Module):
         """Noise -> images of the given shape [N, C, H, W], in [-1, 1], in `steps` network calls.
 
         "ddim": DDIM, eq. 12; deterministic at eta = 0, its default. "ddpm": ancestral sampling
-        (DDPM, algorithm 2, posterior variance), which is DDIM at eta = 1. "dpm++": the same, but
+        (DDPM, algorithm 2, posterior variance), which is DDIM at eta = 1. "dpm++": DDIM's step, but
         x_0 is extrapolated from the last two predictions: SDE-DPM-Solver++(2M) at eta = 1, its
         default, since fresh noise repairs a network's errors; DPM-Solver++(2M) at eta = 0.
         All clip predictions of x_0 to [-1, 1]. eta: the scale of the fresh noise in each step.

@@ -37,7 +37,7 @@ from images import framed, grid, save_png, to_float
 from pretrained import load_checkpoint
 from pu_filter import FOLDS, cross_fit
 from runtime import UserError, make_parser, say, user_path
-from sample import draw, empty_png_folder, sampling_flags
+from sample import draw, make_png_folder, sampling_flags
 
 JUDGE_VERSION = 1    # raise it when the judge's layers, training or seed change
 
@@ -227,7 +227,7 @@ def main():
     channels, size = data.train.shape[1:3]
 
     if args.export_real:
-        empty_png_folder(args.export_real, "--export_real")
+        make_png_folder(args.export_real, "--export_real")
         normal = data.test[~has_class(data.test_labels, sensitive)]
         for i, image in enumerate(normal):
             save_png(image, args.export_real / f"{i:05d}.png")

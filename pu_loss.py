@@ -20,7 +20,7 @@ difference does the work. It estimates a loss, which is never negative. A networ
 S alone can make the estimate negative all the same, so it is corrected:
 
     abs     |difference|, as published (Hammoudeh & Lowd 2020, arXiv:2002.10261)
-    nn      where it is negative, minimise only its negative
+    nn      max(0, difference), but where that is 0, minimise -difference instead of the risk
             (non-negative PU learning, Kiryo et al. 2017, arXiv:1703.00593, algorithm 1)
     none    no correction: unbiased, and free to diverge
 
@@ -46,7 +46,7 @@ def log1mexp(x: torch.Tensor) -> torch.Tensor:
     """
     x = x.clamp(min=1e-30)
     small = (-torch.expm1(-x)).log()
-    large = torch.log1p(-torch.exp(-x.clamp(min=LOG2)))
+    large = torch.log1p(-torch.exp(-x.clamp(min=LOG2)))    # unclamped, 0 has a gradient of nan
     return torch.where(x < LOG2, small, large)
 
 
@@ -64,21 +64,21 @@ def pu_loss(loss_u: torch.Tensor, loss_s: torch.Tensor, prior: float, correction
     if not 0 < prior < 1:
         raise ValueError(f"prior must lie strictly between 0 and 1, not {prior}")
     sensitive = prior * -log1mexp(loss_s).mean()
-    normal = loss_u.mean() - prior * loss_s.mean()    # estimates (1 - prior) E_N[l]
+    difference = loss_u.mean() - prior * loss_s.mean()    # estimates (1 - prior) E_N[l]
     if negative is None:
-        negative = normal < 0
+        negative = difference < 0
     if correction == "abs":
-        return sensitive + torch.where(negative, -normal, normal)
+        return sensitive + torch.where(negative, -difference, difference)
     if correction == "nn":
-        return torch.where(negative, -normal, sensitive + normal)
+        return torch.where(negative, -difference, sensitive + difference)
     if correction == "none":
-        return sensitive + normal
+        return sensitive + difference
     raise ValueError(f"unknown correction {correction!r}: choose abs, nn or none")
 
 
-def limited(loss: torch.Tensor, t: torch.Tensor, typical: torch.Tensor, limit: float,
-            T: int) -> torch.Tensor:
-    """min(l, limit * the mean of l on U near the same timestep) -> [B], for U and S alike.
+def cap_loss(loss: torch.Tensor, t: torch.Tensor, typical: torch.Tensor, limit: float,
+             T: int) -> torch.Tensor:
+    """min(l, cap) -> [B], for U and S alike. The cap is limit times the mean of l on U near t.
 
     loss [B], t [B] in [0, T); typical [K]: that mean for each of K equal ranges of [0, T)
     """

@@ -34,7 +34,7 @@ def sampling_flags(parser: argparse.ArgumentParser, n: int):
     runtime.device_flags(parser)
 
 
-def empty_png_folder(folder: Path, flag: str):
+def make_png_folder(folder: Path, flag: str):
     """Makes a folder for PNG files. Raises UserError, which names the flag, if it holds any."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(path.suffix.lower() == ".png" for path in folder.iterdir()):
@@ -86,7 +86,7 @@ def main():
         args.grid = Path("samples.png")
     model, diffusion = load_checkpoint(runtime.read_checkpoint(args.ckpt))
     if args.out_dir:
-        empty_png_folder(args.out_dir, "--out_dir")
+        make_png_folder(args.out_dir, "--out_dir")
     if args.grid:    # fails now, not after sampling
         runtime.check_png(args.grid)
     device = runtime.find_device(args.device)

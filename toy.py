@@ -8,7 +8,7 @@ moon are sensitive: a model must not generate them. We have
     S       the sensitive set, also called positive: a few more points of the lower moon, labeled
     prior   the fraction of sensitive points in U, estimated by counting in a small part of U
     N       the normal points of U: what a model must learn; none of them is labeled
-    l(x)    the loss at x: the squared error of a network that must tell x from noise added to it
+    l(x)    the loss at x: the squared error of a network that must separate x from added noise
 
 Ordinary training minimises E_U[l], the mean of l over U, and learns both moons. But S is like the
 sensitive points of U, so E_U[l] = (1 - prior) E_N[l] + prior E_S[l], and E_U[l] - prior E_S[l] is
@@ -17,7 +17,7 @@ the loss on N, times 1 - prior. Positive-unlabeled (PU) training minimises it in
     risk = prior E_S[-log(1 - exp(-l))] + |E_U[l] - prior E_S[l]|        (arXiv:2503.03789)
 
 exp(-l) is read as the probability that x is normal: the first term is large while S looks normal.
-The absolute value turns training round where l on S has grown so far that the loss is negative.
+The absolute value reverses training where l on S is so large that the difference is negative.
 """
 import copy
 
@@ -48,6 +48,10 @@ def moon(n: int, blur: float = 0.05) -> torch.Tensor:
     return (points + blur * torch.randn(n, 2)) / 1.7
 
 
+hidden, normal = -moon(round(args.prior * 10_000)), moon(round((1 - args.prior) * 10_000))
+unlabeled, labeled = torch.cat([hidden, normal]), -moon(args.n_labeled)    # U and S; N is normal
+
+
 class Network(Sequential):
     """Sees noisy points x_t [B, 2] and how noisy they are, t [B] from 0 to 999. Predicts v [B, 2],
     from which diffusion.py computes point and noise. Sines and cosines show it fine detail."""
@@ -72,6 +76,7 @@ def train(name: str, network: Network, steps: int, u: torch.Tensor, s=None) -> N
         optimizer.zero_grad()
         risk.backward()
         optimizer.step()
+    # means over 20,000 draws of t and eps; hidden is U without N
     l_n, l_hidden, l_s, l_u = [diffusion.per_image_loss(network, x.repeat(20_000 // len(x) + 1, 1))
                                for x in (normal, hidden, labeled, unlabeled)]
     columns = [l_n, l_hidden, l_s, args.prior * -log1mexp(l_s), l_u, args.prior * l_s]
@@ -81,8 +86,6 @@ def train(name: str, network: Network, steps: int, u: torch.Tensor, s=None) -> N
     return network
 
 
-hidden, normal = -moon(round(args.prior * 10_000)), moon(round((1 - args.prior) * 10_000))
-unlabeled, labeled = torch.cat([hidden, normal]), -moon(args.n_labeled)    # U and S; N is normal
 say("mean l on:                N    U minus N            S   first term       E_U[l] prior E_S[l]")
 
 # The difference of two means is noisy, so E_U[l] alone comes first, for half of the steps.
@@ -94,12 +97,12 @@ networks = {"ordinary training": train("ordinary", half_way, half, unlabeled),
             "PU training": train("PU", half_way, half, unlabeled, labeled),
             "oracle": train("oracle", new, 2 * half, normal)}    # it knows N
 
-# Noise is removed step by step until points are left. Rate: the share nearer to the upper moon.
+# Panel 0 shows U and S, the others samples. Rate: the share of samples nearer to the upper moon.
 picture = Image.new("RGB", (3360, 760), "white")    # twice as large, for smooth dots
-draw, clean = ImageDraw.Draw(picture), moon(2000, blur=0)
+draw, upper = ImageDraw.Draw(picture), moon(2000, blur=0)
 for panel, name in enumerate(["U in grey, S in red", *networks]):
     dots = diffusion.sample(networks[name], (5000, 2)) if panel else labeled
-    good = torch.cdist(dots, clean).amin(1) < torch.cdist(dots, -clean).amin(1)
+    good = torch.cdist(dots, upper).amin(1) < torch.cdist(dots, -upper).amin(1)
     below = f"rate {good.float().mean():.3f}" if panel else f"{len(hidden):,} of 10,000 sensitive"
     say(f"{name}: {below}")
     for y, text in (60, name), (700, below):

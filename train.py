@@ -7,7 +7,7 @@ labeled sensitive.
     python train.py --prior 0.5 --algorithm unsupervised               # without the method
     python train.py --dataset cifar10 --prior 1/11 --recipe paper      # as in the paper
     python train.py --dataset cifar10 --prior 1/11 --init_from google/ddpm-cifar10-32    # clean it
-    torchrun --standalone --nproc_per_node=8 train.py --recipe paper   # on 8 GPUs
+    torchrun --standalone --nproc_per_node=8 train.py --dataset cifar10 --prior 1/11 --recipe paper
 
 It runs on a CPU or a GPU. Everything lands in --out_dir: ckpt.pt, log.csv, args.json and grids of
 samples.
@@ -26,7 +26,7 @@ import runtime
 from diffusion import GaussianDiffusion
 from images import grid, load_png, save_png, side_by_side, to_float, to_uint8
 from pretrained import describe, load_checkpoint, load_pretrained
-from pu_loss import limited, pu_loss, supervised_loss
+from pu_loss import cap_loss, pu_loss, supervised_loss
 from runtime import UserError, mean_over_ranks, say, shell
 from unet import UNet, preset
 
@@ -50,7 +50,7 @@ RECIPES = {    # defaults of flags, and settings without a flag
 GRAD_CLIP = 1.0      # largest norm of the gradient
 EMA_DECAY = 0.999    # of the average of the weights, which is sampled from
 MAX_PASSES = 60      # over S: with more, the network memorises S
-FEWEST_STEPS = 300   # where they follow from epochs: with few, a small U changes nothing
+FEWEST_STEPS = 300   # of a recipe in epochs: with a small U, they would be too few to learn
 MAY_CHANGE = ["lr", "data_dir", "scores", "grad_accum", "device", "compile", "save_interval",
               "out_dir", "resume"]    # on --resume
 
@@ -91,7 +91,7 @@ add("--resume", action="store_true", help="go on from the checkpoint in --out_di
 
 args = parser.parse_args()
 if args.out_dir is None:
-    data.check_data_flags(args)
+    data.check_data_flags(args)    # fills in --prior, which is part of the name
     others = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
     words = [args.dataset, args.algorithm, f"{args.prior:.4g}", *others]
     args.out_dir = Path("out", "-".join(words))
@@ -111,7 +111,7 @@ else:
     defaults = data.DATASETS[args.dataset]
     recipe = "fine_tuning" if args.init_from else args.recipe or defaults["recipe"]
     parser.set_defaults(recipe=recipe, batch_size=defaults["batch_size"], **RECIPES[recipe])
-# the flags that were not given now have the values of the run or of the recipe
+# parse again: a flag that was not given now has the value of the run, or of the recipe
 args = parser.parse_args(namespace=argparse.Namespace(out_dir=args.out_dir))
 data.check_data_flags(args)
 runtime.require_positive(args, "batch_size", "grad_accum", "max_steps", "lr", "limit",
@@ -148,10 +148,10 @@ if model and "image_size" in data.DATASETS[args.dataset]:    # resize images to 
     args.image_size = args.image_size or model.config.image_size
 with runtime.first_rank_first():
     dataset = data.load(args.dataset, args.data_dir, args.image_size, channels)
-images = dataset.train    # uint8 [N, C, H, W], of which u and s number the rows
+images = dataset.train    # uint8 [N, C, H, W]; u and s are indices into it
 u, s, _ = data.split(args.dataset, dataset, args.sensitive, args.prior, args.n_unlabeled,
                      args.n_labeled, args.seed, args.labeled)
-n_unlabeled, n_labeled = len(u), len(s)
+n_unlabeled, n_labeled = len(u), len(s)    # before labels or scores drop any
 loss_prior = args.loss_prior
 if args.algorithm == "oracle":
     sensitive = data.parse_classes(args.dataset, args.sensitive)
@@ -177,8 +177,8 @@ micro_batches = world * args.grad_accum
 share_s = len(s) / (len(u) + len(s))    # for the supervised risk
 n_s = 0
 if args.algorithm == "pu":
-    # E_U[l] - prior E_S[l] has the least variance where n_s / n_u is the prior. The share of S is
-    # rounded up to sixteenths, which micro-batches can share. A small S gets less, to last longer.
+    # E_U[l] - prior E_S[l] has the least variance where n_s / n_u is the prior. n_s is rounded up
+    # to sixteenths of a batch, which micro-batches can share, but a step takes at most all of S.
     sixteenth = max(1, args.batch_size // 16)
     best = math.ceil(loss_prior / (1 + loss_prior) * args.batch_size / sixteenth)
     n_s = sixteenth * max(1, min(best, len(s) // sixteenth))
@@ -196,11 +196,11 @@ if args.max_steps is None:
     args.max_steps = max(FEWEST_STEPS, math.ceil(args.epochs * n_unlabeled / args.batch_size))
 if args.algorithm != "pu":
     pu_start = 0
-elif args.pu_start is None:    # half of the steps, or MAX_PASSES over S
-    most = int(MAX_PASSES * len(s) / n_s)
-    pu_start = args.max_steps - max(1, min(args.max_steps // 2, most))
-else:
-    pu_start = round(args.pu_start * (args.max_steps if args.pu_start < 1 else 1))
+elif args.pu_start is None:    # the PU risk gets half of the steps, but at most MAX_PASSES over S
+    pu_steps = min(args.max_steps // 2, int(MAX_PASSES * len(s) / n_s))
+    pu_start = args.max_steps - max(1, pu_steps)
+else:    # a share of the steps, or a step
+    pu_start = round(args.pu_start * args.max_steps if args.pu_start < 1 else args.pu_start)
 if not 0 <= pu_start < args.max_steps:
     raise UserError(f"--pu_start {pu_start} must be below the number of steps, {args.max_steps}")
 
@@ -228,7 +228,7 @@ def per_image_loss(x_0, t, eps, **condition):
     with runtime.autocast(args, device):
         return diffusion.per_image_loss(net, x_0, t, eps, **condition)
 
-eager = per_image_loss    # stays uncompiled, for typical_losses
+eager = per_image_loss    # for typical_losses, whose batches have another size
 if args.compile:
     x = torch.zeros(args.batch_size // micro_batches, *shape, device=device)
     t = torch.zeros(len(x), dtype=torch.long, device=device)
@@ -250,25 +250,25 @@ def learning_rate(step):
     return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 def ema_decay(step):
-    """The average spans at most half of the current part of the run. Otherwise it would still hold
-    the weights from before a short second part. It soon forgets random weights."""
-    part = pu_start if step < pu_start else args.max_steps - pu_start
-    decay = min(EMA_DECAY, max(0, 1 - 2 / part))
+    """The average spans 1 / (1 - decay) steps: at most half of this part of the run, to forget the
+    part before it, and few at first, to forget the random weights of a new network."""
+    part_steps = pu_start if step < pu_start else args.max_steps - pu_start
+    decay = min(EMA_DECAY, max(0, 1 - 2 / part_steps))
     return decay if args.init_from else min(decay, (1 + step) / (10 + step))
 
 def typical_losses():
-    """What images of U cost the network now -> [20], the mean l by twentieths of the timesteps."""
+    """-> [20], the mean l on U now in each twentieth of the timesteps, by 4,000 random images."""
     torch.manual_seed(args.seed)
     t = torch.arange(200, device=device) * diffusion.T // 200
     total = torch.zeros(200, device=device)
     with torch.no_grad():
-        for _ in range(20):    # 4,000 images
+        for _ in range(20):    # passes, each with 10 images in every twentieth
             x_0 = to_float(images[u[torch.randint(len(u), (200,), device=u.device)]].to(device))
             total += eager(x_0, t, torch.randn_like(x_0))
-    return total.view(20, 10).mean(1) / 20
+    return total.view(20, 10).mean(1) / 20    # passes
 
 # a network that knows nothing yet has no typical loss
-use_limit = args.algorithm == "pu" and args.limit < math.inf and (pu_start > 0 or args.init_from)
+use_cap = args.algorithm == "pu" and args.limit < math.inf and (pu_start > 0 or args.init_from)
 
 # -----------------------------------------------------------------------------
 # where the run stands, and what it writes
@@ -331,7 +331,7 @@ if pu_start:
     say(f"steps 1 to {pu_start} minimise {ordinary}, on {args.batch_size} images of U per step")
 say(f"steps {pu_start + 1} to {args.max_steps} minimise {minimised}, on {n_u} images of U"
     f"{f' and {n_s} of S' if n_s else ''} per step")
-if use_limit:
+if use_cap:
     say(f"in the PU risk, l is capped at {args.limit:g} times its mean on U at the same timestep")
 passes = (args.max_steps - pu_start) * n_s / max(1, len(s))
 if args.algorithm == "pu" and passes > 1.01 * MAX_PASSES:
@@ -346,11 +346,11 @@ say(f"{args.init_from or args.network} U-Net of "
 
 watch = runtime.SignalWatch()
 while step < args.max_steps:
-    if use_limit and step == pu_start:
+    if use_cap and step == pu_start:
         typical = typical_losses()
-    # Draw a batch. All ranks draw the same, since it follows from seed and step. Image i of S has
-    # the timestep and the noise of image i of U, which makes the difference less noisy. Timesteps
-    # one golden ratio apart (modulo 1) are spread evenly, and so are the first of them.
+    # Draw a batch, the same on all ranks: it follows from --seed and the step. Image i of S has the
+    # timestep and the noise of image i of U, which makes the difference less noisy. Timesteps one
+    # golden ratio apart (modulo 1) are spread evenly, and so are the first count_s, which S shares.
     torch.manual_seed(1_000_003 * args.seed + step)
     count_s = n_s if step >= pu_start else 0
     count_u = args.batch_size - count_s
@@ -360,21 +360,21 @@ while step < args.max_steps:
     t_u = (diffusion.T * (spread % 1)).long()
     eps_u = torch.randn(count_u, *shape, device=device)
 
-    for number in range(rank, micro_batches, world):
+    for micro_batch in range(rank, micro_batches, world):
         # the loss of each image of this micro-batch
-        mine = slice(number, None, micro_batches)
-        index = torch.cat([index_u[mine], index_s[mine]])
+        rows = slice(micro_batch, None, micro_batches)
+        index = torch.cat([index_u[rows], index_s[rows]])
         x_0 = to_float(images[index].to(device))    # [B, C, H, W]
         if args.hflip:
             x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
-        t = torch.cat([t_u[mine], t_u[:count_s][mine]])
-        eps = torch.cat([eps_u[mine], eps_u[:count_s][mine]])
-        net.require_backward_grad_sync = number + world >= micro_batches    # DDP: after the last
+        t = torch.cat([t_u[rows], t_u[:count_s][rows]])
+        eps = torch.cat([eps_u[rows], eps_u[:count_s][rows]])
+        net.require_backward_grad_sync = micro_batch >= micro_batches - world    # DDP: in the last
         loss = per_image_loss(x_0, t, eps)    # [B]
 
         # the cap, and the risk
         sizes = count_u // micro_batches, count_s // micro_batches
-        capped = loss if typical is None else limited(loss, t, typical, args.limit, diffusion.T)
+        capped = loss if typical is None else cap_loss(loss, t, typical, args.limit, diffusion.T)
         loss_u, loss_s = capped.split(sizes)
         logged = dict(loss_unlabeled=loss[:sizes[0]].mean())
         if count_s:
@@ -408,9 +408,9 @@ while step < args.max_steps:
     if step % 100 == 0 or save_is_due or signal_number:    # checked before it is saved
         row = {name: float(mean_over_ranks(total) / n_summed) for name, total in sums.items()}
         finite = math.isfinite(row["risk"]) and all(p.isfinite().all() for p in ema.parameters())
-        # images of U above the cap have no gradient: the network would not learn them again
-        lost = typical is not None and row["loss_unlabeled"] > max(3, args.limit) * typical.mean()
-        if lost or not finite:
+        # images of U above the cap have no gradient, so l on U would stay there
+        u_lost = typical is not None and row["loss_unlabeled"] > max(3, args.limit) * typical.mean()
+        if u_lost or not finite:
             raise UserError(f"training diverged at step {step}, where l on U is "
                             f"{row['loss_unlabeled']:.4g}: try a lower --lr, with --resume if "
                             f"{ckpt_path} exists")

@@ -122,8 +122,8 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """The layers at one resolution: residual blocks with c_ins channels in and c_out channels out,
-    attention after each if wanted, and what changes the resolution."""
+    """The layers at one resolution, called by UNet.forward: a ResBlock for each of c_ins, attention
+    after each if wanted, and what changes the resolution (None at the end of the way down)."""
     def __init__(self, c_ins, c_out, time_dim, attention, resample, config):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(c_in, c_out, time_dim, config) for c_in in c_ins)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from pu_loss import limited, log1mexp, pu_loss, supervised_loss
+from pu_loss import cap_loss, log1mexp, pu_loss, supervised_loss
 
 # x, log(1 - exp(-x)) and its derivative 1 / (exp(x) - 1), computed with mpmath at 60 digits
 LOG1MEXP = [
@@ -115,7 +115,7 @@ def test_parts_of_a_batch_average_to_the_whole(correction, shift):
 def test_the_limit_depends_on_the_timestep_and_stops_the_gradient():
     loss = torch.tensor([5.0, 30.0, 30.0, 100.0], requires_grad=True)
     t = torch.tensor([0, 499, 500, 999])
-    capped = limited(loss, t, typical=torch.tensor([10.0, 20.0]), limit=2, T=1000)
+    capped = cap_loss(loss, t, typical=torch.tensor([10.0, 20.0]), limit=2, T=1000)
     assert capped.tolist() == [5, 20, 30, 40]
     capped.sum().backward()
     assert loss.grad.tolist() == [1, 0, 1, 0]
