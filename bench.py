@@ -79,10 +79,10 @@ def tasks(network, shape: tuple, compile: bool) -> tuple:
         loss_fn = runtime.compiled(per_image_loss, lambda fast: fast(x_0, t, eps).sum().backward())
         with torch.no_grad(), runtime.autocast(args, device):
             sampled = runtime.compiled(ema, lambda fast: fast(x_0, t))
-        args.compile = loss_fn is not per_image_loss and sampled is not ema    # did it work?
+        args.compile = loss_fn is not per_image_loss and sampled is not ema    # it worked
     return train, sample
 
-# ours, what it multiplies, and the memory that a training step takes
+# our network: the FLOPs of an image, and the memory that a training step takes
 shape = (args.channels, args.image_size, args.image_size)
 config = preset(args.model, *shape[:2])
 model = UNet(config).to(device)

@@ -20,7 +20,7 @@ from runtime import warn
 
 class Classifier(nn.Module):
     """Convolutions that halve the resolution until it is at most 4, then 128 features and logits.
-    Batch normalization before each ReLU gives every feature a variance near 1, so that distances
+    Batch normalization before each ReLU gives all features a similar scale, so that distances
     between features do not depend on the scale of the weights."""
 
     def __init__(self, image_channels: int, image_size: int, n_outputs: int, strided: bool = False):
@@ -85,7 +85,7 @@ def predict(model: Classifier, batches) -> tuple:
 # -----------------------------------------------------------------------------
 # sensitive or normal?
 
-def cross_entropy(z_n: torch.Tensor, z_s: torch.Tensor) -> torch.Tensor:
+def balanced_loss(z_n: torch.Tensor, z_s: torch.Tensor) -> torch.Tensor:
     """z_n [B_n], z_s [B_s]: logits of "sensitive" on normal and sensitive images. -> scalar"""
     return 0.5 * (F.softplus(z_n).mean() + F.softplus(-z_s).mean())
 
@@ -106,8 +106,8 @@ def distort(x: torch.Tensor, hflip: bool) -> torch.Tensor:
 def fit(images: torch.Tensor, normal: torch.Tensor, sensitive: torch.Tensor, loss_fn, hflip: bool,
         steps: int, device: torch.device, name: str) -> Classifier:
     """Trains on 64 random images of each class per step -> the network, with one logit.
-    images [N, C, H, W] uint8; normal, sensitive: indices of the two classes in it; hflip: mirror
-    at random; loss_fn(z_n, z_s): of their logits, [64] each -> scalar"""
+    images [N, C, H, W] uint8; normal, sensitive: indices of the two classes in it, or of U and S;
+    hflip: mirror at random; loss_fn(z_n, z_s): of their logits, [64] each -> scalar"""
     model = Classifier(*images.shape[1:3], n_outputs=1, strided=True)
     model = model.to(device, memory_format=torch.channels_last)
 

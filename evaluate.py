@@ -3,7 +3,7 @@ Does it work? How many generated images are not sensitive, and how good are they
 
     python evaluate.py --ckpt out/mnist-pu-0.5/ckpt.pt                      # samples 5,000 images
     python evaluate.py --images samples/ --dataset mnist --sensitive odd    # images from anywhere
-    python evaluate.py --export_real real/ --dataset mnist                  # writes test normals
+    python evaluate.py --export_real real/ --dataset mnist                  # the normal test images
     python evaluate.py --ckpt out/folder-pu-0.1/ckpt.pt                     # your own images
 
 The judge is a small network, trained on the real labels (of CelebA: sensitive or not) and kept
@@ -11,13 +11,14 @@ beside the data set. It measures
 
     rate    the non-sensitive rate: the fraction of images without a sensitive class (Takahashi et
             al. 2025, section 5), with its 95 % interval from rate_low to rate_high
-    fid     the Frechet distance of its features between the images and the test normals (Heusel et
-            al. 2017, arXiv:1706.08500). Do not compare it with the FIDs of papers, which use the
-            features of Inception. fid_floor is the FID of as many training normals.
+    fid     the Frechet distance of its features between the images and the normal test images
+            (Heusel et al. 2017, arXiv:1706.08500). Do not compare it with the FIDs of papers, which
+            use the features of Inception. fid_floor is that of as many normal training images.
 
 and its own errors: false_alarms on normal test images, and misses of sensitive ones.
 Your own images have no labels. There, a classifier learns to tell S, the sensitive images, from
-normal_test/: how many images of each group look like S? And the Frechet distance needs no network.
+normal_test/: how many images of each group look like S? The Frechet distance is that of means and
+deviations of colours, without a network.
 evaluation.png shows up to 100 images, with red frames around those that look sensitive; your own
 are sorted, those most like S first. The last line printed is JSON and holds all figures.
 """
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import runtime
-from classifier import Classifier, cross_entropy, fit, predict, train_classifier
+from classifier import Classifier, balanced_loss, fit, predict, train_classifier
 from data import DATA_DIR, DATASETS, Images, digest, has_class, load, parse_classes, split
 from formats import FORMATS, decode, image_files
 from images import framed, grid, save_png, to_float
@@ -100,14 +101,14 @@ def load_judge(data: Images, hflip: bool, cache: Path, device: torch.device) -> 
 
 def classes_and_features(judge: Classifier, images: torch.Tensor) -> tuple:
     """images [N, C, H, W] uint8 -> their classes [N] and features [N, 128] float64, on the CPU"""
-    logits, features = predict(judge, images.split(1 + 2 ** 22 // images[0].numel()))
+    logits, features = predict(judge, images.split(1 + 2 ** 22 // images[0].numel()))    # 4 MB
     return logits.argmax(1), features.double()
 
 
 def measure(judge: Classifier, images: torch.Tensor, data: Images, sensitive: list,
             seed: int) -> tuple:
     """images [N, C, H, W] uint8 -> the figures by name, and [N] bool: is it of a sensitive class?
-    seed: chooses the training normals for the floor of FID"""
+    seed: chooses the normal training images for the floor of FID"""
     normal, train_normal = (~has_class(labels, sensitive)
                             for labels in (data.test_labels, data.train_labels))
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
@@ -116,7 +117,7 @@ def measure(judge: Classifier, images: torch.Tensor, data: Images, sensitive: li
         classes_and_features(judge, x) for x in (images, data.test, real))
     counts = classes.bincount(minlength=judge.out.out_features)
     is_sensitive = has_class(classes, sensitive)
-    wrong = (has_class(test_classes, sensitive) == normal).float()
+    wrong = (has_class(test_classes, sensitive) == normal).float()    # judged sensitive iff normal
     figures = with_interval("rate", int((~is_sensitive).sum()), len(images)) | dict(
         fid=frechet_distance(features, test_features[normal]), classes=counts.tolist(),
         fid_floor=frechet_distance(real_features, test_features[normal]),
@@ -129,8 +130,8 @@ def measure(judge: Classifier, images: torch.Tensor, data: Images, sensitive: li
 
 def cell_features(images: torch.Tensor) -> torch.Tensor:
     """images [N, C, H, W] uint8 -> the mean and the standard deviation of each colour in each of
-    4x4 cells, [N, 32 C] float64. Unlike the features of an untrained network, they tell real
-    normals from a mixture with S, as well as from blurred and noisy images."""
+    4x4 cells, [N, 32 C] float64. They tell normal images from blurred and noisy ones, and, unlike
+    the features of an untrained network, from a mixture with S."""
     features = []
     for x in map(to_float, images.split(500)):
         mean, mean_square = (F.adaptive_avg_pool2d(y, 4).flatten(1) for y in (x, x ** 2))
@@ -142,11 +143,11 @@ def cell_features(images: torch.Tensor) -> torch.Tensor:
 def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
             device: torch.device) -> tuple:
     """Compares images [N, C, H, W] uint8 with the parts of a folder, and prints a table.
-    -> its rows by name, and [N]: how much is each image like S? Above 0, a classifier takes it for
-    S, one that has not seen it; without normal_test/, minus its distance to the nearest of S.
+    -> its rows by name, and [N]: how much is each image like S? With normal_test/, the logit of a
+    classifier that has not seen it, above 0 for S; without, minus its distance to the nearest of S.
 
-    The Frechet distance is to half of normal_test/ or, without it, of U; the other half shows the
-    floor. It depends on how many images there are, so all rows have as many, or none."""
+    The Frechet distance is to n images of normal_test/ or, without it, of U; n others of them show
+    its floor. It depends on n, so each row is of n images, or has no distance if it has fewer."""
     torch.manual_seed(seed)
     u, s, normal = (index[torch.randperm(len(index))[:10_000]] for index in split("folder", data))
     groups = dict(images=images, unlabeled=data.train[u], sensitive=data.train[s],
@@ -155,13 +156,13 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
     features = {name: cell_features(group) for name, group in groups.items()}
     like_s = -torch.cdist(features["images"], features["sensitive"]).amin(1)
     n = min(len(images), len(groups[reference]) // 2)
-    half, features[reference] = features[reference].tensor_split([n])
+    target, features[reference] = features[reference].tensor_split([n])
     rows = {name: dict(n=len(group)) for name, group in groups.items()}
     if len(normal):
         together = torch.cat(list(groups.values()))
         parts = torch.arange(len(together)).split([row["n"] for row in rows.values()])
-        logits = cross_fit(together, parts, lambda others, fold: fit(
-            together, others[3], others[2], cross_entropy, hflip, 200, device, f"like S? {fold}"))
+        logits = cross_fit(together, parts, lambda others, fold: fit(    # normal_test, then S
+            together, others[3], others[2], balanced_loss, hflip, 200, device, f"like S? {fold}"))
         like_s = logits[0]
         for row, z in zip(rows.values(), logits):
             row |= with_interval("like_s", int((z > 0).sum()), len(z))
@@ -169,8 +170,8 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
         f"distance: Frechet distance to {n} of {reference}/")
     for name, row in rows.items():
         if len(features[name]) >= n:
-            row["distance"] = frechet_distance(features[name][:n], half)
-        say(f"{name:12}" + "".join(f"  {key} {value:<8.4g}" for key, value in row.items()))
+            row["distance"] = frechet_distance(features[name][:n], target)
+        say(f"{name:12}" + "".join(f"  {key} {value:<8.5g}" for key, value in row.items()))
     return rows, like_s
 
 
@@ -199,7 +200,7 @@ def main():
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--ckpt", type=user_path, help="evaluate samples of this checkpoint of train.py")
     add("--images", type=user_path, help="evaluate the images below this folder")
-    add("--export_real", type=user_path, help="only write the test normals to this folder")
+    add("--export_real", type=user_path, help="only write the normal test images to this folder")
     add = parser.add_argument
     add("--dataset", choices=DATASETS, help="(default: the checkpoint's, or mnist)")
     add("--data_dir", type=user_path, help="folder of mnist/, or of unlabeled/")
@@ -231,7 +232,7 @@ def main():
         normal = data.test[~has_class(data.test_labels, sensitive)]
         for i, image in enumerate(normal):
             save_png(image, args.export_real / f"{i:05d}.png")
-        return say(f"{args.export_real}: {len(normal)} test normals")
+        return say(f"{args.export_real}: {len(normal)} normal test images")
 
     # the images, after all checks
     picture = (args.out_dir or (args.ckpt.parent if ckpt else Path())) / "evaluation.png"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from runtime import UserError, ranks, warn, write_whole
 
@@ -45,8 +45,7 @@ CELEBA_ATTRIBUTES = """
 """.split()
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"]    # EPS would start Ghostscript
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-NO_IMAGES = {"__macosx", "@eadir", "#recycle", "$recycle.bin"}    # thumbnails, deleted images
-TURNS = dict(zip(range(2, 9), [0, 3, 1, 5, 4, 6, 2]))    # EXIF orientation -> Image.Transpose
+JUNK_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin"}    # thumbnails, deleted images
 LAYOUT = """
   {0}/unlabeled/...      images of every kind, normal and sensitive
   {0}/sensitive/...      a few that must not be generated
@@ -84,8 +83,8 @@ def read_idx(path: Path, sha256: str) -> np.ndarray:
 
 def load_records(name: str, folder: Path) -> tuple:
     """Loads "cifar10" or "stl10", which are downloaded the first time."""
-    urls, md5, top = ARCHIVES[name]
-    archive, top = folder / urls[0].split("/")[-1], folder / top
+    urls, md5, inside = ARCHIVES[name]
+    archive, top = folder / urls[0].split("/")[-1], folder / inside
     if not top.exists():
         fetch(urls, archive, check_md5, md5)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:    # whole or not at all
@@ -177,7 +176,7 @@ def image_files(folder: Path) -> list:
     while folders:
         for entry in os.scandir(folders.pop()):
             suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(".") or entry.name.lower() in NO_IMAGES:
+            if entry.name.startswith(".") or entry.name.lower() in JUNK_FOLDERS:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
@@ -200,8 +199,8 @@ def decode(path: Path, image_size: int, channels: int) -> np.ndarray:
     the square at its centre, and resized with antialiasing."""
     with Image.open(path, formats=FORMATS) as image:
         image.load()    # first, since this turns a TIFF, and deletes its tag
-        with suppress(Exception):    # the tag is missing, or damaged where the pixels are not
-            image = image.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
+        with suppress(Exception):    # a damaged tag raises, but after the turn
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range")
         if image.mode.startswith("I"):    # 16 bits of grey
@@ -249,9 +248,9 @@ def decode_all(paths: list, labels: torch.Tensor, n_train: int, folder: Path, im
     name = f"decoded_{image_size}x{channels}"
     cache = folder / f"{name}_{hashlib.sha256(repr(state).encode()).hexdigest()[:16]}.npy"
     record = np.dtype([("index", "i8"), ("image", "u1", (channels, image_size, image_size))])
-    decoded = decode_each(paths, image_size, channels)
+    decoded = decode_each(paths, image_size, channels)    # a generator: it decodes when it is read
 
-    def write(file):
+    def write(file):    # the header twice: how many images there are is known at the end
         np.save(file, np.empty(0, record))
         n = sum(file.write(np.array(pair, record)) for pair in decoded) // record.itemsize
         file.seek(0)

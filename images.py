@@ -22,7 +22,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def picture(image: torch.Tensor) -> Image.Image:
+def to_pillow(image: torch.Tensor) -> Image.Image:
     """An image, uint8 [C, H, W] with 1 or 3 channels -> Pillow's form of it."""
     pixels = rearrange(image.cpu(), "c h w -> h w c").numpy()
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
@@ -31,7 +31,7 @@ def picture(image: torch.Tensor) -> Image.Image:
 def save_png(image: torch.Tensor, path: Path):
     """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as a PNG file, whole or not at all."""
     part = path.with_name(f"{path.name}.tmp")
-    picture(image).save(part, format="PNG")
+    to_pillow(image).save(part, format="PNG")
     os.replace(part, path)
 
 
@@ -48,7 +48,7 @@ def grid(images: torch.Tensor) -> torch.Tensor:
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     n_blank = rows * columns - len(images)
-    tiles = F.pad(images.cpu(), (0, 1, 0, 1, 0, 0, 0, n_blank), value=255)
+    tiles = F.pad(images.cpu(), (0, 1, 0, 1, 0, 0, 0, n_blank), value=255)    # W, H, C, N
     return rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", r=rows)[:, :-1, :-1]
 
 
@@ -75,7 +75,7 @@ def numbered(images: torch.Tensor) -> torch.Tensor:
     above it, from 1."""
     tiles = []
     for number, image in enumerate(images, start=1):
-        tile = picture(image).convert("RGB").resize((96, 96))
+        tile = to_pillow(image).convert("RGB").resize((96, 96))
         tile = ImageOps.expand(tile, (0, 12, 0, 0), "white")
         ImageDraw.Draw(tile).text((1, 0), str(number), "black")
         tiles.append(torch.from_numpy(np.array(tile)))

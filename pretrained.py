@@ -52,8 +52,8 @@ def load_pretrained(source: str) -> tuple:
     or OWNER/NAME or OWNER/NAME@REVISION, which that library fetches from the hub.
     Raises UserError where it is missing, damaged, or a model that train.py cannot train."""
     path = Path(source).expanduser()
-    name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", source)
-    if not path.exists() and (not name or Path(path.parts[0]).exists()):    # a mistyped path
+    hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", source)
+    if not path.exists() and (not hub_name or Path(path.parts[0]).exists()):    # as out/typo
         raise UserError(f"{source} does not exist, and is not the name of a model on the hub")
     path = path / "ckpt.pt" if (path / "ckpt.pt").exists() else path
     if path.is_file():
@@ -77,9 +77,9 @@ def load_diffusers(source: str, path: Path) -> tuple:
         while re.match("unet|checkpoint-", folders[-1].name):    # inside a pipeline or a training
             folders.append(folders[-1].parent)
         config = UNet2DModel.load_config(folders[0])
-        found = [place for folder in folders for place in (folder, folder / "scheduler")
-                 if (place / "scheduler_config.json").exists()]
-        scheduler_config = DDPMScheduler.load_config(found[0]) if found else DDPM
+        places = [place for folder in folders for place in (folder, folder / "scheduler")
+                  if (place / "scheduler_config.json").exists()]
+        scheduler_config = DDPMScheduler.load_config(places[0]) if places else DDPM
         scheduler = DDPMScheduler.from_config(scheduler_config)
 
     kind, size, c_in, c_out = map(config.get, [
@@ -98,7 +98,7 @@ def load_diffusers(source: str, path: Path) -> tuple:
     if any(misfits):
         raise UserError(f"{source} {next(filter(None, misfits))}: train.py cannot train it "
                         f"(text_to_image.py is for Stable Diffusion)")
-    if not found:
+    if not places:
         warn(f"{source} has no scheduler_config.json: assuming DDPM's linear betas, and eps")
     with one_sentence(source):
         net, report = UNet2DModel.from_pretrained(

@@ -27,14 +27,14 @@ from pathlib import Path
 import torch
 
 import runtime
-from classifier import cross_entropy, fit, sensitive_logits
+from classifier import balanced_loss, fit, sensitive_logits
 from data import check_data_flags, data_flags, digest, has_class, load, parse_classes, split
 from images import grid, save_png, side_by_side
 from runtime import UserError, say, shell, user_path
 
 FOLDS = 4    # of U and S
 ROUNDS = 3    # networks for each fold, one after another
-TRUSTED = 0.8    # fraction of U's normal, and of its sensitive images that a later round trusts
+TRUSTED = 0.8    # share of U's normal, and of its sensitive images, that a later round trusts
 
 
 def nnpu_loss(z_u: torch.Tensor, z_s: torch.Tensor, prior: float) -> torch.Tensor:
@@ -53,10 +53,10 @@ def cross_fit(images: torch.Tensor, parts: list, train) -> list:
     folds = [torch.randperm(len(part)) % FOLDS for part in parts]
     logits = [torch.zeros(len(part)) for part in parts]
     for fold in range(FOLDS):
-        others = [part[number != fold] for part, number in zip(parts, folds)]
+        others = [part[fold_of != fold] for part, fold_of in zip(parts, folds)]
         network = train(others, f"fold {fold + 1} of {FOLDS}")
-        for part, number, z in zip(parts, folds, logits):
-            z[number == fold] = sensitive_logits(network, images, part[number == fold])
+        for part, fold_of, z in zip(parts, folds, logits):
+            z[fold_of == fold] = sensitive_logits(network, images, part[fold_of == fold])
     return logits
 
 
@@ -65,13 +65,13 @@ def train_filter(images: torch.Tensor, prior: float, hflip: bool, steps: int, de
     """Trains the network of a fold, in several rounds of `steps` steps -> the last round's.
     images [N, C, H, W] uint8; others: the indices of U and of S in it, without the fold"""
     u, s = others
-    train = partial(fit, images, hflip=hflip, steps=steps, device=device, name=name)
+    fit_fold = partial(fit, images, hflip=hflip, steps=steps, device=device, name=name)
     n_normal, n_sensitive = (max(1, round(TRUSTED * p * len(u))) for p in (1 - prior, prior))
-    network = train(u, s, partial(nnpu_loss, prior=prior))
+    network = fit_fold(u, s, partial(nnpu_loss, prior=prior))
     for _ in range(ROUNDS - 1):
         ranked = u[sensitive_logits(network, images, u).argsort()]    # most normal first
         certain_s = torch.cat([s, ranked[-n_sensitive:]])
-        network = train(ranked[:n_normal], certain_s, cross_entropy)
+        network = fit_fold(ranked[:n_normal], certain_s, balanced_loss)
     return network
 
 
@@ -127,8 +127,8 @@ def main():
     print_table(args, z_u, z_s, data.train_labels[u])
     order = z_u.argsort()
     n_kept = min(max(1, round((1 - args.prior) * len(u))), len(u) - 1)
-    halves = [u[order[n_kept:]], u[order[:n_kept]]]    # dropped, kept
-    shown = [data.train[half[torch.randperm(len(half))[:64]]] for half in halves]
+    sides = [u[order[n_kept:]], u[order[:n_kept]]]    # dropped, kept
+    shown = [data.train[side[torch.randperm(len(side))[:64]]] for side in sides]
     save_png(side_by_side([grid(images) for images in shown]), picture)
     say(f"{picture}: what --keep {1 - args.prior:.3g} drops, and what it keeps")
     command = shell("python", "train.py", "--algorithm", "unsupervised", "--scores", path)

@@ -75,7 +75,7 @@ def fraction(text: str) -> float:
 
 
 def user_path(text: str) -> Path:
-    """For argparse: an absolute path, which another folder finds as well. ~ is the home folder."""
+    """For argparse: an absolute path, the same from every working folder. ~ is the home folder."""
     return Path(text).expanduser().absolute()
 
 
@@ -93,7 +93,7 @@ def check_writable(folder: Path):
 
 
 def check_png(path: Path):
-    """check_writable for a picture. Raises UserError for another suffix, as of a checkpoint."""
+    """check_writable for a PNG file. Raises UserError for another suffix, such as .pt."""
     if path.suffix.lower() != ".png":
         raise UserError(f"{path} must end in .png")
     check_writable(path.parent)
@@ -113,7 +113,7 @@ def plain(args: argparse.Namespace) -> dict:
 def save_args(args: argparse.Namespace, device: torch.device, path: Path):
     """Writes what a run was: its flags, command, machine, version of torch, and commit if any."""
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True)
+                         capture_output=True, text=True)    # shell: git may be missing
     machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -164,7 +164,7 @@ def load_verified(path: Path, kind: str) -> dict:
     Raises UserError where the file is missing, damaged, or something else."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # no checksum covers external_attr, which is 0: a folder's bit would hide a tensor
+            # external_attr is 0, and in no checksum: a flipped bit makes torch.load read garbage
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -180,10 +180,9 @@ def load_verified(path: Path, kind: str) -> dict:
 
 def all_finite(tree) -> bool:
     """Are all numbers finite in the tensors of nested dicts and lists?"""
-    if isinstance(tree, torch.Tensor):
-        return bool(tree.isfinite().all())
-    branches = tree.values() if isinstance(tree, dict) else tree
-    return not isinstance(tree, (dict, list)) or all(map(all_finite, branches))
+    if isinstance(tree, (dict, list)):
+        return all(map(all_finite, tree.values() if isinstance(tree, dict) else tree))
+    return not isinstance(tree, torch.Tensor) or bool(tree.isfinite().all())
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -211,7 +210,7 @@ def read_newest(folder: Path) -> dict:
 
 class SignalWatch:
     """Catches Ctrl-C and what ends a run from outside, so that it can save first. A second signal
-    exits at once, but not within a second: torchrun passes on what its processes get as well."""
+    exits at once, unless it comes within a second: torchrun sends every Ctrl-C once more."""
 
     def __init__(self):
         self.number = 0    # of the first signal
@@ -245,14 +244,15 @@ class SignalWatch:
 def find_device(name: str = None, torchrun: bool = False) -> torch.device:
     """The device of that name; without a name cuda, else mps, else cpu. torchrun: this script may
     run under torchrun, where each process (rank) gets a device of its own, and only the first
-    prints. Raises UserError where this machine has no such device, and for other scripts there."""
+    prints. Raises UserError where this machine has no such device, and where torchrun starts
+    another script."""
     launched = dist.is_available() and dist.is_torchelastic_launched()
     if launched and not torchrun:
         raise UserError("torchrun is for train.py: start one process, or more with other --seed")
     name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(name)
-        if launched:    # nothing connects the ranks of mps
+        if launched:    # only cuda and cpu connect ranks
             index = int(os.environ["LOCAL_RANK"])
             device = torch.device("cuda", index) if device.type == "cuda" else torch.device("cpu")
         torch.zeros(1, device=device).item()
@@ -344,8 +344,7 @@ def fastest_dtype(device: torch.device) -> str:
 
 def matmul_seconds(dtype: torch.dtype) -> float:
     """The processor time of a 512x512 matrix multiplication on one thread, the best of 5."""
-    # takes a tenth of a second: not for every script
-    from torch.utils.benchmark import Timer
+    from torch.utils.benchmark import Timer  # slow to import: not for every script
 
     timer = Timer("a @ a", timer=time.thread_time, globals={"a": torch.ones(512, 512, dtype=dtype)})
     return min(timer.timeit(1).mean for _ in range(5))    # other programs do not count

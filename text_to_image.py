@@ -5,10 +5,11 @@ Fine-tune Stable Diffusion 1 or 2 with the PU risk: a prompt should no longer dr
     python text_to_image.py --model OWNER/NAME --data_dir my_images --prompt "a man" --prior 0.2
 
 my_images/unlabeled/ holds images of the prompt, a fraction --prior of them sensitive, and
-my_images/sensitive/ a few sensitive ones: in the paper 64 + 16, and 20. Other defaults are ours.
+my_images/sensitive/ a few sensitive ones: in the paper 64 normal and 16 sensitive, and 20.
 --out_dir gets before_after.png, and model/ for StableDiffusionPipeline.from_pretrained or, with
---lora, lora/ for load_lora_weights. Run on small models only: with guidance, all weights did well
-by one seed of two, --lora by both. Not prevented: prompts that name the person; image-to-image.
+--lora, lora/ for load_lora_weights. Run on small models only: with guidance, training all weights
+worked with one seed of two, --lora with both. Not prevented: prompts that name the person, and
+image-to-image.
 
 GPU memory for version 1.5 (860 M weights), by arithmetic: 16 bytes per weight, 13.8 GB, and a
 16-bit copy, 1.7 GB; with --lora 3.4 GB. Activations come on top, less with --grad_accum.
@@ -39,7 +40,7 @@ add("--seed", type=int, default=0, help="(default: 0)")
 add("--out_dir", type=runtime.user_path, default="out/text_to_image", help="(default: %(default)s)")
 add("--resume", action="store_true", help="go on from ckpt.pt; repeat the other flags")
 runtime.device_flags(parser)
-parser.set_defaults(compile=False)
+parser.set_defaults(compile=False)    # for set_precision
 args = parser.parse_args()
 runtime.require_positive(args, "lora", "batch_size", "grad_accum", "max_steps", "lr")
 args.lr = args.lr or (1e-4 if args.lora else 1e-5)
@@ -75,7 +76,10 @@ def draw():    # 8 images of the prompt, always from the same noise -> one uint8
         x = pipe([args.prompt] * 8, generator=torch.manual_seed(args.seed), output_type="pt").images
     return grid(to_uint8(2 * x.float() - 1))
 
-# images, prompt, and no prompt (for guidance) are encoded once; then only the U-Net stays
+def network(x_t, t, prompt):    # called as unet.py's
+    return unet(x_t, t, prompt).sample
+
+# images, prompt, and no prompt (for guidance, a tenth of U gets it) are encoded once
 images, labels, *_ = load_folder(args.data_dir, config.sample_size * pipe.vae_scale_factor, 3)
 with torch.no_grad():
     means = [vae.encode(to_float(part).to(device)).latent_dist.mean for part in images.split(4)]
@@ -92,6 +96,7 @@ most = 60 * len(s) // (n_s * args.grad_accum)    # 60 passes over S: more, and i
 step, steps = 0, min(args.max_steps, most)
 optimizer = torch.optim.AdamW(weights.values())
 scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+# what --resume must repeat: of --data_dir the sum of its pixels, not what is None
 plan = dict(vars(args), data_dir=int(images.sum()), device=None, out_dir=None, resume=None)
 if ckpt_path.exists():
     ckpt = runtime.load_verified(ckpt_path, "a checkpoint of text_to_image.py")
@@ -105,7 +110,7 @@ say(f"U: {len(u)} images, S: {len(s)}, which lasts for {most} steps; {device}, {
 say(f"steps {step + 1} to {steps} minimise the PU risk, {args.prior:.4g} E_S[-log(1 - exp(-l))] + "
     f"|E_U[l] - {args.prior:.4g} E_S[l]|, on {n_u} images of U and {n_s} of S per micro-batch")
 
-watch, first_step, start, found = runtime.SignalWatch(), step, time.monotonic(), []
+watch, first_step, start, losses = runtime.SignalWatch(), step, time.monotonic(), []
 while step < steps:
     torch.manual_seed(1_000_003 * args.seed + step)
     for _ in range(args.grad_accum):    # a micro-batch has its own risk
@@ -115,12 +120,11 @@ while step < steps:
         eps = torch.randn(n_u, *u.shape[1:])[pair].to(device)
         prompt = torch.where((torch.rand(n_u, 1, 1) < 0.1)[pair].to(device), no_text, text)
         with runtime.autocast(args, device):
-            loss = diffusion.per_image_loss(lambda *x, **condition: unet(*x, **condition).sample,
-                                            x_0, t, eps, encoder_hidden_states=prompt)    # [B]
+            loss = diffusion.per_image_loss(network, x_0, t, eps, prompt=prompt)    # [B]
         loss_u, loss_s = loss.split([n_u, n_s])
         risk = pu_loss(loss_u, loss_s, args.prior)
         scaler.scale(risk / args.grad_accum).backward()
-        found.append(torch.stack([risk, loss_u.mean(), loss_s.mean()]).detach())
+        losses.append(torch.stack([risk, loss_u.mean(), loss_s.mean()]).detach())
     optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -130,12 +134,12 @@ while step < steps:
     step += 1
     signal_number = watch.received(step, device)
     if step % 10 == 0 or step == steps or signal_number:
-        if not runtime.all_finite([*found, *weights.values()]):
+        if not runtime.all_finite([*losses, *weights.values()]):
             raise UserError(f"the risk or a weight is not finite at step {step}: lower --lr")
-        risk, l_u, l_s = torch.stack(found).mean(0).tolist()
+        risk, l_u, l_s = torch.stack(losses).mean(0).tolist()
         left = (time.monotonic() - start) / (step - first_step) * (steps - step) / 60
         say(f"step {step}/{steps} risk {risk:.2f} l_U {l_u:.2f} l_S {l_s:.2f} {left:.1f} min left")
-        found = []
+        losses = []
     if step % 100 == 0 or step == steps or signal_number:
         runtime.save_whole(dict(weights=weights, optimizer=optimizer.state_dict(), plan=plan,
                                 scaler=scaler.state_dict(), step=step), ckpt_path)

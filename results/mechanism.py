@@ -1,11 +1,11 @@
 """
 What happens to l while the headline command runs: on normal images, on sensitive ones, and on S?
 
-    python results/mechanism.py    # takes flags of train.py
+    python results/mechanism.py    # takes flags of train.py, but none that change U or S
 
 It runs train.py, and at each checkpoint measures l on 1,000 images of each kind, by the averaged
-weights. Labels, which training does not have, tell the kinds apart. plot.py draws the lines of
-results/mechanism.jsonl; delete that file first. The sample grids become a film, assets/mnist.gif.
+weights. Labels, which training does not have, tell the kinds apart. It appends to mechanism.jsonl,
+which plot.py draws: delete that first. The sample grids become a film, assets/mnist.gif.
 """
 import json
 import runpy
@@ -47,7 +47,7 @@ def save_and_measure(state, path, keep=None):
         file.write(json.dumps(line) + "\n")
 
 
-runtime.save_whole = save_and_measure
+runtime.save_whole = save_and_measure    # train.py saves its checkpoints by it
 sys.argv = ["train.py", "--dataset", "mnist", "--prior", "0.5", *sys.argv[1:]]
 run = runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 

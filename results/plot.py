@@ -29,7 +29,7 @@ def measures(result: dict) -> tuple:
     return 100 * (1 - result["rate"]), result["fid"]
 
 def draw_methods():
-    """A bar for each method that all cases have. Dashed: real normal images."""
+    """A short line for each method that all cases have. Dashed: real normal images."""
     cases = {title: evaluated(title) for title in CASES}
     methods = [method for method in METHODS if all(method in found for found in cases.values())]
     figure, columns = panels(len(cases), 4)
@@ -75,7 +75,8 @@ def draw_mechanism():
     rows = [json.loads(line) for line in (ROOT / "results" / "mechanism.jsonl").open()]
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     steps, switch = [row["step"] for row in rows], rows[0]["pu_start"]
-    for kind, style in zip(list(rows[0])[2:], ["C0o-", "C3s-", "C1^--", "C3v:"]):
+    kinds = list(rows[0])[2:]    # after step and pu_start
+    for kind, style in zip(kinds, ["C0o-", "C3s-", "C1^--", "C3v:"]):
         axes.plot(steps, [row[kind] for row in rows], style, label=kind, markersize=4)
     axes.axvline(switch, color="0.5", ls="--", lw=1)
     axes.annotate("the PU risk begins", (switch, 1), (5, -15), xycoords=("data", "axes fraction"),

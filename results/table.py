@@ -45,7 +45,7 @@ METHODS = {    # name: flags of train.py, where SCORES is a file and KEEP a numb
 SEEDS = {"": "", ", seed 1": " --seed 1"}    # what a title says: flags
 REAL = "real normal images"
 SCORES_PATH = r"out/table/\S+/scores\.pt"    # the name of its folder has the flags of pu_filter.py
-FILTERS = {}    # file of scores: the flags of pu_filter.py that make it
+FILTERS = {}    # file of scores: the flags of pu_filter.py that make it; filled by `run`
 
 def folder(text: str) -> str:
     """-> a folder for the run, or the filter, with these flags"""
@@ -57,7 +57,7 @@ def run(data: str, method: str = "", max_steps: int = 4000, more: str = "") -> t
     left out, so that a run has the same flags in every table, and is trained once."""
     scores = f"{folder('filter ' + data)}/scores.pt"
     FILTERS[scores] = data
-    keep = float(1 - Fraction(re.search(r"--prior (\S+)", data)[1]) * 4 / 5)    # of U
+    keep = float(1 - Fraction(re.search(r"--prior (\S+)", data)[1]) * 4 / 5)    # drops 0.8 prior
     method = method.replace("SCORES", scores).replace("KEEP", f"{keep:.3g}")
     return " ".join(f"{data} {method} --max_steps {max_steps}".split()), more
 
@@ -106,8 +106,8 @@ def runs_of(tables: dict) -> list:
 # -----------------------------------------------------------------------------
 # training and evaluation
 
-def finish(command: list) -> str:
-    """-> what a script of this project prints. Raises UserError where it fails."""
+def run_script(command: list) -> str:
+    """Runs a script of this project -> what it prints. Raises UserError where it fails."""
     result = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     if result.returncode:
         raise runtime.UserError(f"{' '.join(command)} failed: see above")
@@ -116,13 +116,14 @@ def finish(command: list) -> str:
 def complete(flags: str, evaluations: list):
     """Trains, or goes on with it; then appends a line to the results for each evaluation."""
     out_dir = folder(flags)
-    finish(["train.py", *flags.split(), *PRECISION, "--out_dir", out_dir, "--resume"])
+    run_script(["train.py", *flags.split(), *PRECISION, "--out_dir", out_dir, "--resume"])
     for more in evaluations:
-        printed = finish(["evaluate.py", "--ckpt", f"{out_dir}/ckpt.pt", *PRECISION, *more.split()])
+        command = ["evaluate.py", "--ckpt", f"{out_dir}/ckpt.pt", *PRECISION, *more.split()]
+        result = json.loads(run_script(command).splitlines()[-1])
         machine = torch.cuda.get_device_name() if GPU else f"{os.cpu_count()} CPU cores"
-        result = dict(flags=flags, evaluate_flags=more, machine=machine)
+        about = dict(flags=flags, evaluate_flags=more, machine=machine)
         with (ROOT / "results" / "results.jsonl").open("a") as file:
-            file.write(json.dumps(result | json.loads(printed.splitlines()[-1])) + "\n")
+            file.write(json.dumps(about | result) + "\n")
         runtime.warn(f"{flags} {more}: done")
 
 def make(jobs: int):
@@ -136,7 +137,7 @@ def make(jobs: int):
                for scores, data in FILTERS.items() if not (ROOT / scores).exists()
                and any(f"--scores {scores} " in flags for flags in todo)]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(finish, filters))    # what one raises cancels those that have not begun
+        list(pool.map(run_script, filters))    # what one raises cancels those that have not begun
         list(pool.map(complete, todo, todo.values()))
 
 # -----------------------------------------------------------------------------

@@ -64,11 +64,11 @@ def overheard(*flags, killed=False):
     """-> what the script prints, and gives per_image_loss. killed: by SIGTERM in the first step"""
     calls, original = [], diffusion.GaussianDiffusion.per_image_loss
 
-    def per_image_loss(self, model, x_0, t, eps, encoder_hidden_states):
+    def per_image_loss(self, model, x_0, t, eps, prompt):
         if killed and not calls:
             os.kill(os.getpid(), signal.SIGTERM)
-        calls.append((x_0, t, eps, encoder_hidden_states))
-        return original(self, model, x_0, t, eps, encoder_hidden_states=encoder_hidden_states)
+        calls.append((x_0, t, eps, prompt))
+        return original(self, model, x_0, t, eps, prompt=prompt)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusion.GaussianDiffusion, "per_image_loss", per_image_loss)
         result = run("text_to_image.py", *flags, check=not killed)
