@@ -83,8 +83,10 @@ OTHERS = {    # title: {row: run}
         "PU from step 1": run(HALF, "--pu_start 0"),
         "oracle, 22,500 images": run(f"{HALF} --n_unlabeled 45000", "--algorithm oracle"),
         "PU, S shows 1, 3 and 5": run(f"{HALF} --labeled 1,3,5")},
-    "1 in 11 is odd, 4,000 steps": {
-        "PU": run(RARE), "PU, twice the prior": run(RARE, "--loss_prior 2/11")},
+    "1 in 11 is odd, prior in the risk": {
+        f"{name}, {steps:,} steps": run(RARE, flags, steps) for steps in [2000, 4000]
+        for name, flags in [("half of it", "--loss_prior 1/22"), ("the true one", ""),
+                            ("twice it", "--loss_prior 2/11")]},
     "photographs, half of U shows animals": {
         name: run(PHOTOS, f"--recipe small {METHODS[name]}", 3000)
         for name in ["PU", "unsupervised", "oracle"]},
