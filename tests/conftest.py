@@ -3,25 +3,25 @@ import contextlib
 import csv
 import functools
 import io
-import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""    # the equalities hold for float32 on a CPU
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import data
 import diffusion
 import formats
+import images
 import runtime
 import unet
 
@@ -44,11 +44,6 @@ formats.read_idx = read_idx
 torch.set_num_threads(1)    # for networks so small; more wait for each other on a busy machine
 
 
-def command(script, *flags):
-    """Returns the command line that runs a script of the project."""
-    return [sys.executable, str(ROOT / script), *map(str, flags)]
-
-
 @contextlib.contextmanager
 def small_networks():
     """Where this is in force, the networks tiny and paper are as small as MINI."""
@@ -61,16 +56,16 @@ def small_networks():
 def run(script, *flags, check=True, cwd=None):
     """Runs a script in this process, where torch is imported already, with small networks.
 
-    check: the script must succeed. Returns its CompletedProcess, with stdout and stderr as text.
+    check: the script must succeed. Returns its exit status, stdout, stderr and variables.
     An exception that is not meant for a person fails the test."""
     argv, folder = sys.argv, os.getcwd()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err, status, variables = io.StringIO(), io.StringIO(), 0, {}
     try:
         sys.argv = [script, *map(str, flags)]
         os.chdir(cwd or folder)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), small_networks():
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            variables = runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as error:
         status = error.code or 0
     except (runtime.UserError, OSError) as error:
@@ -81,10 +76,9 @@ def run(script, *flags, check=True, cwd=None):
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    result = subprocess.CompletedProcess(command(script, *flags), status,
-                                         out.getvalue(), err.getvalue())
-    assert not check or status == 0, result.stderr
-    return result
+    assert not check or status == 0, err.getvalue()
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue(),
+                           variables=variables)
 
 
 def refused(words, script, *flags):
@@ -96,12 +90,10 @@ def refused(words, script, *flags):
     return last
 
 
-def torchrun(*scripts):
-    """Runs scripts one after another as two ranks on CPUs, with small networks.
-
-    scripts: a list each, of a script and its flags. Returns what they printed."""
+def torchrun(script, *flags):
+    """Runs a script as two ranks on CPUs, with small networks. Returns what it printed."""
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             "--", __file__, json.dumps(scripts, default=str)]
+             "--", __file__, str(script), *map(str, flags)]
     result = subprocess.run(ranks, capture_output=True, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
@@ -157,6 +149,22 @@ def make_folder(root, n=200, broken=()):
     (root / "unlabeled" / "notes.txt").write_text("not an image, and not meant to be")
 
 
+def write(pictures, folder):
+    folder.mkdir()
+    for i, image in enumerate(pictures):
+        images.save_png(image, folder / f"{i:05d}.png")
+    return folder
+
+
+def arrows(n, n_left):
+    """Returns [n, 1, 16, 16] uint8, noisy arrows of which the first n_left point to the left."""
+    row, column = torch.arange(16)[:, None], torch.arange(16)
+    left = ((row - 8).abs() <= column - 4) & (column < 12)
+    is_left = (torch.arange(n) < n_left).view(-1, 1, 1, 1)
+    shapes = torch.where(is_left, left, left.flip(1))
+    return (150 * shapes + torch.randint(60, (n, 1, 16, 16))).byte()
+
+
 def random_bytes(*shape):
     return rng.integers(0, 256, shape, dtype=np.uint8)
 
@@ -187,24 +195,21 @@ def write_celeba(folder):
     (folder / "list_eval_partition.txt").write_text("\n".join(partition) + "\n")
 
 
-def overhear(monkeypatch, *flags):
-    """Runs train.py in this process. Returns the x_0, t and eps of each call of per_image_loss."""
-    shown = []
-    per_image_loss = diffusion.GaussianDiffusion.per_image_loss
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+def overhear(*command, killed=False):
+    """Runs a script -> what it prints, and gives per_image_loss. killed: by SIGTERM in that."""
+    calls, original = [], diffusion.GaussianDiffusion.per_image_loss
 
-    def listening(self, model, *args):
-        shown.append([x.clone() for x in args])
-        return per_image_loss(self, model, *args)
+    def per_image_loss(self, model, *args, **condition):
+        if killed and not calls:
+            signal.raise_signal(signal.SIGTERM)
+        calls.append([x.clone() for x in [*args, *condition.values()]])
+        return original(self, model, *args, **condition)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(diffusion.GaussianDiffusion, "per_image_loss", listening)
-        patch.setattr("sys.argv", ["train.py", *map(str, [*SMALL, *flags])])
-        with small_networks():
-            runpy.run_path(str(ROOT / "train.py"))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return shown
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion.GaussianDiffusion, "per_image_loss", per_image_loss)
+        result = run(*command, check=not killed)
+    assert result.returncode == (128 + signal.SIGTERM if killed else 0)
+    return result.stdout, calls
 
 
 @pytest.fixture(scope="session")
@@ -218,16 +223,6 @@ def scores(tmp_path_factory):
 
 
 if __name__ == "__main__":    # a process of its own, or a rank of torchrun
-    def connect(backend, init=dist.init_process_group, **_):    # once for all scripts
-        if not dist.is_initialized():
-            init(backend)
-        dist.barrier()
-
-    leave_ranks = runtime.leave_ranks    # once, in the end
-    runtime.leave_ranks = lambda: dist.is_initialized() and dist.barrier()
-    dist.init_process_group = connect
-    for argv in json.loads(sys.argv[1]):
-        sys.argv = [str(flag) for flag in argv]
-        with small_networks():
-            runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
-    leave_ranks()
+    sys.argv = sys.argv[1:]
+    with small_networks():
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")

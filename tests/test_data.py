@@ -19,9 +19,6 @@ def test_mnist_is_mnist():
     assert MNIST.train.shape == (60000, 1, 28, 28) and MNIST.test.shape == (10000, 1, 28, 28)
     assert MNIST.train.dtype == torch.uint8 and MNIST.train_labels.dtype == torch.int64
     assert MNIST.train_labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    assert MNIST.train_labels.bincount().tolist() == [
-        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert MNIST.train.double().mean() / 255 == pytest.approx(0.1307, abs=1e-4)
 
 
 def test_parse_classes():
@@ -35,14 +32,14 @@ def test_parse_classes():
 
 
 @pytest.mark.parametrize("name, normal, sensitive, counts", [
-    ("mnist", "even", "odd", (25000, 2500)),
-    ("cifar10", "vehicles", "animals", (20000, 2000)),
-    ("stl10", "vehicles", "animals", (2000, 200)),
+    ("mnist", "even", "odd", (25000, 2500, 128)),
+    ("cifar10", "vehicles", "animals", (20000, 2000, 128)),
+    ("stl10", "vehicles", "animals", (2000, 200, 32)),
 ])
 def test_the_papers_classes_and_sizes(name, normal, sensitive, counts):
     defaults, classes = DATASETS[name], DATASETS[name]["classes"]
     assert defaults["sensitive"] == sensitive
-    assert (defaults["n_normal"], defaults["n_labeled"]) == counts
+    assert (defaults["n_normal"], defaults["n_labeled"], defaults["batch_size"]) == counts
     assert sorted(parse_classes(name, normal) + parse_classes(name, sensitive)) == list(range(10))
     if normal == "vehicles":
         assert [classes[i] for i in parse_classes(name, normal)] == (
@@ -98,16 +95,6 @@ def test_an_infeasible_size_names_the_largest_that_works(prior, n_sensitive):
     for n_unlabeled, n_labeled in [(largest + 1, 3), (10, n_sensitive), (1, 3)]:
         with pytest.raises(UserError):
             pu_split(images, [1], prior, n_unlabeled, n_labeled)
-
-
-def test_celeba_attributes_are_split_like_classes():
-    labels = torch.zeros(100, 80, dtype=torch.bool)
-    labels[:30, 20] = True
-    labels[30:, 60] = True
-    images = Images(None, labels, None, labels)
-    u, s, test_normal = pu_split(images, [60], prior=0.5, n_unlabeled=40, n_labeled=20)
-    assert labels[u, 60].sum() == 20 and labels[s, 60].all()
-    assert len(test_normal) == 30 and len(torch.cat([u, s]).unique()) == 60
 
 
 def flags(*words):

@@ -53,15 +53,6 @@ def test_lognormal_schedule():
         assert share_above == pytest.approx((t + 0.5) / 1000, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["linear", "lognormal"])
-def test_alpha_bar_can_be_given_instead_of_a_name(name):
-    """A checkpoint keeps alpha_bar, so this is also how a schedule survives in it."""
-    by_name = GaussianDiffusion(name, T=500)
-    given = GaussianDiffusion(torch.tensor(by_name.alpha_bar, dtype=torch.float64))
-    assert given.T == 500 and given.alpha_bar == by_name.alpha_bar
-    assert torch.equal(given.signal, by_name.signal) and torch.equal(given.noise, by_name.noise)
-
-
 @pytest.mark.parametrize("sampler, steps", [
     ("ddpm", 1000), ("ddim", 1000), ("dpm++", 20), ("dpm++", 1000)])
 def test_with_zero_terminal_snr_a_network_for_v_draws_the_gaussian(sampler, steps):

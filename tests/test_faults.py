@@ -1,5 +1,4 @@
 """Real processes, killed and signalled while they train."""
-import json
 import os
 import random
 import signal
@@ -16,8 +15,8 @@ FLAGS = [*SMALL, "--pu_start", "1/2", "--limit", 3, "--max_steps", 40, "--save_i
 
 def start(out_dir, *flags):
     """Starts train.py with small networks in a process of its own -> the process"""
-    argv = json.dumps([["train.py", *FLAGS, "--out_dir", out_dir, *flags]], default=str)
-    return subprocess.Popen([sys.executable, ROOT / "tests" / "conftest.py", argv],
+    argv = map(str, ["tests/conftest.py", "train.py", *FLAGS, "--out_dir", out_dir, *flags])
+    return subprocess.Popen([sys.executable, *argv], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_folder, random_bytes, write_celeba, write_cifar10
-from PIL import Image, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageOps, features
 
 import formats
 from data import DATA_DIR, has_class, load, parse_classes
@@ -104,13 +104,15 @@ def test_decode_reads_every_kind_the_right_way_round(tmp_path):
     wide = Image.new("RGB", (120, 40), "red")
     wide.paste(rgb, (40, 0))
     turned, exif = rgb.rotate(90), Image.Exif()    # stored on its side, and a tag that says so
-    exif[0x0112] = 6
+    exif[0x0112], exif[0x0128] = 6, 2    # and resolution in inches; here its type is wrong:
+    broken = exif.tobytes().replace(b"\1\x28\0\3", b"\1\x28\0\4")
     for name, image, options in [
             ("grey.png", grey, {}), ("rgb.bmp", rgb, {}), ("web.webp", rgb, {"lossless": True}),
             ("sixteen.png", sixteen, {}), ("sixteen.tiff", sixteen, {}), ("wide.png", wide, {}),
             ("palette.png", rgb.quantize(2), {}), ("clear.png", clear, {}),
             ("two.gif", grey, {"save_all": True, "append_images": [ImageOps.invert(grey)]}),
             ("exif.jpg", turned, {"exif": exif, "quality": 100}),
+            ("broken.jpg", turned, {"exif": broken, "quality": 100}),
             ("lzw.tif", turned, {"exif": exif, "compression": "tiff_lzw"}),
             ("turned.avif", turned, {"exif": exif, "quality": 100})]:
         if features.check("avif") or not name.endswith("avif"):
@@ -129,24 +131,6 @@ def test_decode_reads_every_kind_the_right_way_round(tmp_path):
     Image.fromarray(truth / np.float32(255)).save(tmp_path / "float.tiff")    # not black: refused
     with pytest.raises(ValueError, match="floating-point"):
         decode(tmp_path / "float.tiff", 20, 1)
-
-
-@pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_every_orientation_is_read(tmp_path, orientation, suffix):
-    """Also where another tag cannot be read, but for TIFF, whose pixels need its tags."""
-    image = Image.new("RGB", (16, 16), "white")
-    image.paste("black", (0, 0, 8, 4))    # no two of the eight ways look the same
-    exif = Image.Exif()
-    exif[0x0112], exif[0x0128] = orientation, 2    # and resolution in inches
-    valid, broken = tmp_path / f"valid.{suffix}", tmp_path / f"broken.{suffix}"
-    image.save(valid, exif=exif)
-    with Image.open(valid) as stored:
-        truth = ImageOps.exif_transpose(stored).convert("L")
-    assert np.array_equal(decode(valid, 16, 1)[0], truth)
-    if suffix != "tif":
-        image.save(broken, exif=exif.tobytes().replace(b"\1\x28\0\3", b"\1\x28\0\4"))    # its type
-        assert np.array_equal(decode(broken, 16, 1)[0], truth)
 
 
 def test_an_eps_under_another_name_starts_no_ghostscript(tmp_path):
@@ -187,23 +171,15 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch, said):
     assert maps and all(" r--s " in line for line in maps)    # no memory is reserved for them
 
 
-def test_broken_files(tmp_path, monkeypatch, said):
-    """Pillow says why a file is skipped. Above 1 %, no half a file of decoded images is left."""
-    make_folder(tmp_path)
-    text = PngImagePlugin.PngInfo()
-    text.add_text("metadata", "x" * 2_000_000, zip=True)
-    Image.new("L", (9, 9)).save(tmp_path / "unlabeled" / "text.png", pnginfo=text)
-    for name, height in [("bomb", 2001), ("large", 1999)]:
-        Image.new("1", (1000, height)).save(tmp_path / "unlabeled" / f"{name}.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)    # an error above twice as many
-    with pytest.warns(Image.DecompressionBombWarning):
-        assert len(load("folder", tmp_path).train) == 251    # with large.png
-        (tmp_path / "sensitive" / "third.png").write_bytes(b"broken")
-        with pytest.raises(UserError, match="3 of 259 images cannot be decoded, more than 1 %"):
-            load("folder", tmp_path)
-    bomb, text, *_ = [line for line in said if line.startswith("skipped")]
-    assert "bomb.png" in bomb and "exceeds limit of 2000000 pixels" in bomb
-    assert "text.png" in text and "MAX_TEXT_CHUNK" in text
+def test_broken_files(tmp_path, said):
+    """At most 1 % are named and skipped. Above, no half a file of decoded images is left."""
+    make_folder(tmp_path, broken=[6, 107])
+    assert len(load("folder", tmp_path).train) == 248
+    skipped = [line for line in said if line.startswith("skipped")]
+    assert len(skipped) == 2 and "0006.png': cannot identify" in skipped[0]
+    (tmp_path / "sensitive" / "third.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="3 of 256 images cannot be decoded, more than 1 %"):
+        load("folder", tmp_path)
     assert len(list(tmp_path.glob("decoded*"))) == 1
 
 
@@ -238,37 +214,14 @@ def test_no_image_is_left_out_without_a_word(tmp_path, said):
         load("folder", folder.parent)
 
 
-def test_1500_nested_folders(tmp_path):
-    path = tmp_path / "a"
-    for _ in range(1500):
-        path.mkdir()
-        path = path / "a"
-    path.with_suffix(".png").touch()
-    assert image_files(tmp_path) == [path.with_suffix(".png")]
-    os.system(f"rm -r {tmp_path / 'a'}")    # pytest cannot
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_what_cannot_be_read_or_written(tmp_path, said):
-    def load_as_nobody():
-        os.setresuid(65534, 65534, 0)
-        try:
-            return load("folder", tmp_path)
-        finally:
-            os.setresuid(0, 0, 0)
-
+def test_where_nothing_can_be_written_images_are_decoded_into_memory(tmp_path, monkeypatch, said):
     make_folder(tmp_path, n=20)
-    for folder in [tmp_path, *tmp_path.parents[:2]]:
-        folder.chmod(0o755)
-    in_memory = load_as_nobody()
-    assert "cannot be written" in said[1] and not list(tmp_path.glob("decoded*"))
     mapped = load("folder", tmp_path)
-    assert all(map(torch.equal, vars(in_memory).values(), vars(mapped).values()))
-    said.clear()
-    assert torch.equal(load_as_nobody().train, mapped.train) and len(said) == 1    # .txt is ignored
-    (tmp_path / "unlabeled" / "b").chmod(0)
-    with pytest.raises(PermissionError, match="unlabeled/b"):
-        load_as_nobody()
+    for path in tmp_path.glob("decoded*"):
+        path.unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)    # for root, all can be written
+    assert all(map(torch.equal, vars(load("folder", tmp_path)).values(), vars(mapped).values()))
+    assert any("cannot be written" in line for line in said) and not list(tmp_path.glob("decoded*"))
 
 
 # Downloads: a server on this machine that does everything wrong
@@ -305,13 +258,11 @@ def server(monkeypatch):
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch, server):
-    """-> a function that has a small CIFAR-10 served, with one more member, in several manners"""
-    def serve(*manners, member=None):
+    """-> a function that has a small CIFAR-10 served in several manners"""
+    def serve(*manners):
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w:gz") as tar:
             tar.add(tmp_path / "source", "cifar-10-batches-bin")
-            if member:
-                tar.addfile(member)
         FILES["cifar.tar.gz"] = stream.getvalue()
         urls = [f"{server}/{manner}/cifar.tar.gz" for manner in manners]
         md5 = hashlib.md5(stream.getvalue()).hexdigest()
@@ -339,13 +290,6 @@ def test_downloads(tmp_path, serve, manner, reason):
     assert os.listdir(tmp_path / "cifar10") == ["cifar-10-batches-bin"]
     FILES.clear()
     assert load("cifar10", tmp_path).test.shape == (5, 3, 32, 32)
-
-
-def test_an_archive_that_reaches_outside_is_not_unpacked(tmp_path, serve):
-    serve("ok", member=tarfile.TarInfo("../escaped"))
-    with pytest.raises(tarfile.OutsideDestinationError):
-        load("cifar10", tmp_path)
-    assert not list(tmp_path.rglob("escaped"))
 
 
 def test_fashion_mnist_downloads_its_four_files(tmp_path, monkeypatch, server):

@@ -51,21 +51,12 @@ def test_samples_come_from_the_average_of_the_weights(small_run, tmp_path, monke
 @pytest.mark.parametrize("flags, words", [
     (["--n", "0"], "--n must be positive"),
     (["--steps", "1001"], "--steps 1001 is more than the 1000"),
-    (["--sampler", "euler"], "invalid choice: 'euler'"),
-    (["--device", "banana"], "--device banana"),
     (["--ckpt", "none.pt"], "none.pt does not exist"),
 ])
 def test_a_bad_command_line_is_refused(small_run, tmp_path, flags, words):
     refused(words, "sample.py", "--ckpt", small_run[0] / "ckpt.pt", *flags,
             "--grid", tmp_path / "grid.png")
     assert not (tmp_path / "grid.png").exists()
-
-
-def test_a_flipped_bit_in_a_weight_is_found(small_run, tmp_path):
-    raw = bytearray((small_run[0] / "ckpt.pt").read_bytes())
-    raw[len(raw) // 2] ^= 64
-    (tmp_path / "bad.pt").write_bytes(raw)
-    refused("bad.pt is not a checkpoint of train.py", "sample.py", "--ckpt", tmp_path / "bad.pt")
 
 
 def test_nothing_is_overwritten(small_run, tmp_path):

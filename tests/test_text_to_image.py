@@ -1,14 +1,11 @@
 """text_to_image.py, with small random pipelines of the library's own classes."""
 import json
-import os
-import signal
 
 import pytest
 import torch
-from conftest import refused, run, same
+from conftest import overhear, refused, run, same
 from PIL import Image
 
-import diffusion
 from images import grid, load_png, save_png, to_uint8
 
 pytest.importorskip("peft")
@@ -55,36 +52,20 @@ def root(tmp_path_factory):
 
 
 def flags(root, model, out, *more):
-    return ["--model", root / model, "--data_dir", root / "images", "--prompt", "a photo",
-            "--prior", 0.5, "--batch_size", 6, "--lr", 1e-2, "--device", "cpu", "--dtype",
-            "float32", "--out_dir", root / out, *more]
-
-
-def overheard(*flags, killed=False):
-    """-> what the script prints, and gives per_image_loss. killed: by SIGTERM in the first step"""
-    calls, original = [], diffusion.GaussianDiffusion.per_image_loss
-
-    def per_image_loss(self, model, x_0, t, eps, prompt):
-        if killed and not calls:
-            os.kill(os.getpid(), signal.SIGTERM)
-        calls.append((x_0, t, eps, prompt))
-        return original(self, model, x_0, t, eps, prompt=prompt)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion.GaussianDiffusion, "per_image_loss", per_image_loss)
-        result = run("text_to_image.py", *flags, check=not killed)
-    assert result.returncode == (128 + signal.SIGTERM if killed else 0)
-    return result.stdout, calls
+    return ["text_to_image.py", "--model", root / model, "--data_dir", root / "images", "--prompt",
+            "a photo", "--prior", 0.5, "--batch_size", 6, "--lr", 1e-2, "--device", "cpu",
+            "--dtype", "float32", "--out_dir", root / out, *more]
 
 
 @pytest.fixture(scope="module")
 def whole(root):
-    return overheard(*flags(root, "epsilon", "whole", "--max_steps", 30))
+    return overhear(*flags(root, "epsilon", "whole", "--max_steps", 30))
 
 
 @pytest.mark.parametrize("model", ["epsilon", "v_prediction"])
 def test_first_step_by_hand(root, model):
     command = flags(root, model, model + "_1", "--batch_size", 12, "--grad_accum", 2)
-    printed, calls = overheard(*command, killed=True)
+    printed, calls = overhear(*command, killed=True)
     assert "steps 1 to 60 minimise" in printed    # 60 passes over 4 images, 4 per step
     assert len(calls) == 2    # the signal does not cut a step
     pipe, risk = load(root / model), 0
@@ -125,9 +106,10 @@ def test_latents_and_prompts_are_the_librarys(root, whole):
 @pytest.mark.parametrize("lora", [False, True])
 def test_result_draws_the_images_and_only_the_unet_changed(root, whole, lora):
     old, folder = load(root / "epsilon"), root / ("lora" if lora else "whole")
-    if lora:
+    if lora:    # resumed
         command = flags(root, "epsilon", "lora", "--lora", 2, "--lr", 0.1, "--max_steps", 5)
-        run("text_to_image.py", *command)
+        overhear(*command, killed=True)
+        run(*command, "--resume")
         assert all("lora" in name for name in torch.load(folder / "ckpt.pt")["weights"])
         (new := load(root / "epsilon")).load_lora_weights(folder / "lora")
     else:
@@ -143,8 +125,8 @@ def test_result_draws_the_images_and_only_the_unet_changed(root, whole, lora):
 
 def test_resumption_is_exact_and_needs_the_same_flags(root, whole):
     command = flags(root, "epsilon", "cut", "--max_steps", 30)
-    overheard(*command, killed=True)
-    refused("add --resume", "text_to_image.py", *command)
-    refused("--lr cannot", "text_to_image.py", *command, "--lr", 1, "--resume")
-    assert "steps 2 to 30" in run("text_to_image.py", *command, "--resume").stdout
+    overhear(*command, killed=True)
+    refused("add --resume", *command)
+    refused("--lr cannot", *command, "--lr", 1, "--resume")
+    assert "steps 2 to 30" in run(*command, "--resume").stdout
     assert same(*(torch.load(root / name / "ckpt.pt") for name in ["whole", "cut"]))

@@ -3,7 +3,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import refused, run
+from conftest import run
 from PIL import Image
 
 
@@ -35,8 +35,3 @@ def test_the_picture_has_four_panels(toy):
     for panel in np.split(pixels, 4, axis=1):
         dots = (panel[60:-60] < 250).any(axis=2)    # between the two lines of text
         assert 0.03 < dots.mean() < 0.5 and dots[:, :210].any() and dots[:, 210:].any()
-
-
-def test_nonsense_is_refused():
-    refused("--n_labeled", "toy.py", "--n_labeled", 0)
-    refused("--prior", "toy.py", "--prior", 1.5)
