@@ -79,7 +79,7 @@ def tasks(network, shape: tuple, compile: bool) -> tuple:
         loss_fn = runtime.compiled(per_image_loss, lambda fast: fast(x_0, t, eps).sum().backward())
         with torch.no_grad(), runtime.autocast(args, device):
             sampled = runtime.compiled(ema, lambda fast: fast(x_0, t))
-        args.compile = loss_fn is not per_image_loss and sampled is not ema    # it worked
+        args.compile = loss_fn is not per_image_loss and sampled is not ema    # did it work?
     return train, sample
 
 # our network: the FLOPs of an image, and the memory that a training step takes

@@ -67,7 +67,7 @@ class GaussianDiffusion(nn.Module):
                        **condition) -> torch.Tensor:
         """l(x_0) = ||eps - model(x_t, t)||^2, the sum over pixels: one sample of the simplified
         negative ELBO (DDPM, eq. 14, which has the mean over images). For networks that predict v,
-        ||v - model(x_t, t)||^2, which is the error of the eps that follows, divided by alpha_bar_t.
+        ||v - model(x_t, t)||^2, which is the error of the eps it implies, divided by alpha_bar_t.
         x_0 [B, ...] in [-1, 1] -> [B], float32 even under autocast. Where they are not given,
         t [B] is drawn uniformly from [0, T), and eps, like x_0, from N(0, I).
         condition: more arguments of the network, such as labels=[B]."""

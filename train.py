@@ -178,7 +178,7 @@ share_s = len(s) / (len(u) + len(s))    # for the supervised risk
 n_s = 0
 if args.algorithm == "pu":
     # E_U[l] - prior E_S[l] has the least variance where n_s / n_u is the prior. n_s is rounded up
-    # to sixteenths of a batch, which micro-batches can share, but a step takes at most all of S.
+    # to sixteenths of a batch, which micro-batches can share. If S is small, n_s is about |S|.
     sixteenth = max(1, args.batch_size // 16)
     best = math.ceil(loss_prior / (1 + loss_prior) * args.batch_size / sixteenth)
     n_s = sixteenth * max(1, min(best, len(s) // sixteenth))
