@@ -47,7 +47,7 @@ def one_sentence(subject):
 
 
 def load_pretrained(source: str) -> tuple:
-    """-> a network to start from, and its diffusion. Averaged weights are taken where there are any.
+    """-> a network to start from, and its diffusion. It takes averaged weights if there are any.
     source: a ckpt.pt, or the folder of one; a folder in the diffusers format; or OWNER/NAME or
     OWNER/NAME@REVISION, which that library fetches from the hub.
     Raises UserError where it is missing, damaged, or a model that train.py cannot train."""
