@@ -50,7 +50,7 @@ RECIPES = {    # defaults of flags, and settings without a flag
 GRAD_CLIP = 1.0      # largest norm of the gradient
 EMA_DECAY = 0.999    # of the average of the weights, which is sampled from
 MAX_PASSES = 60      # over S: with more, the network memorises S
-FEWEST_STEPS = 300   # of a recipe in epochs: with a small U, they would be too few to learn
+FEWEST_STEPS = 300   # where a recipe counts epochs: a small U would give too few steps to learn
 MAY_CHANGE = ["lr", "data_dir", "scores", "grad_accum", "device", "compile", "save_interval",
               "out_dir", "resume"]    # on --resume
 
