@@ -120,7 +120,6 @@ def same(a, b):
 
 SMALL = ["--dataset", "mnist", "--prior", "0.5", "--pu_start", 0, "--limit", "inf",
          "--device", "cpu", "--dtype", "float32", "--batch_size", 32]
-SAMPLING = ["--device", "cpu", "--dtype", "float32", "--steps", 3, "--n", 7, "--batch_size", 2]
 
 
 @pytest.fixture(scope="session")

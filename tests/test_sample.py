@@ -1,8 +1,10 @@
 """sample.py as a user runs it, with a real checkpoint."""
 import numpy as np
 import pytest
-from conftest import SAMPLING, refused, run
+from conftest import refused, run
 from PIL import Image
+
+SAMPLING = ["--device", "cpu", "--dtype", "float32", "--steps", 3, "--n", 7, "--batch_size", 2]
 
 
 def pixels(path):

@@ -415,3 +415,11 @@ def test_a_short_fine_tuning_samples_from_what_it_learned(small_run, tmp_path):
     change = {key: sum((after[key][name] - before[name]).square().sum() for name in before) ** 0.5
               for key in ["model", "ema"]}
     assert change["ema"] > 0.5 * change["model"]
+
+
+def test_a_network_that_draws_other_images_is_refused(small_run, tmp_path):
+    color = unet.UNet(unet.preset("tiny", 3, 32))
+    torch.save(torch.load(small_run[0] / "ckpt.pt") | dict(
+        network=pretrained.describe(color), ema=color.state_dict()), tmp_path / "ckpt.pt")
+    refused("draws images of 3 channels and 32 pixels", "train.py", *SMALL, "--init_from",
+            tmp_path / "ckpt.pt", "--out_dir", tmp_path / "run")
