@@ -5,8 +5,8 @@ A small convolutional classifier and its training, for the judge, the filter, an
     train_classifier(model, batch_loss, steps=1500, lr=4e-3)    # batch_loss(step) -> a scalar
     logits, features = predict(model, images.split(500))        # images [N, C, H, W] uint8
 
-All published figures come from the judge in evaluate.py. If you change its layers or training,
-raise JUDGE_VERSION there.
+The judge in evaluate.py measured all published figures but those of the emoji. If you change its
+layers or training, raise JUDGE_VERSION there.
 """
 import time
 
@@ -94,10 +94,10 @@ def distort(x: torch.Tensor, hflip: bool) -> torch.Tensor:
     """x [B, C, H, W] in [-1, 1] -> each image rotated, scaled, sheared, shifted and, with hflip,
     mirrored at random; the border is black."""
     angle, scale, shear, right, down = torch.rand(5, len(x), device=x.device) * 2 - 1
-    mirrored = torch.rand(len(x), device=x.device) < 0.5
-    sign = torch.where(mirrored & hflip, -1, 1)
+    mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+    x = torch.where(mirrored & hflip, x.flip(3), x)
     cos, sin, scale = (0.3 * angle).cos(), (0.3 * angle).sin(), 1 + 0.15 * scale
-    row_x = torch.stack([sign * scale * cos, 0.2 * shear - sin, 0.15 * right], dim=1)
+    row_x = torch.stack([scale * cos, 0.2 * shear - sin, 0.15 * right], dim=1)
     row_y = torch.stack([sin, scale * cos, 0.15 * down], dim=1)
     where = F.affine_grid(torch.stack([row_x, row_y], dim=1), x.shape, align_corners=False)
     return F.grid_sample(x + 1, where, align_corners=False) - 1

@@ -18,7 +18,7 @@ import torch.nn as nn
 SAMPLERS = {"ddpm": 1.0, "ddim": 0.0, "dpm++": 1.0}    # default eta: the scale of fresh noise
 
 
-def noise_schedule(name: str, T: int) -> torch.Tensor:
+def noise_schedule(name: str, T: int = 1000) -> torch.Tensor:
     """-> alpha_bar [T], float64, falling from nearly 1 to nearly 0.
     "linear": betas from 1e-4 to 0.02 (DDPM, section 4). "lognormal": log SNR ~ N(-0.5, 2^2); EDM
     uses N(2.4, 2.4^2), which is less noisy (table 1). Raises ValueError for another name."""
@@ -34,7 +34,7 @@ class GaussianDiffusion(nn.Module):
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), t = 0 ... T-1, and its reverse.
     A module without parameters, so that .to(device) moves its tables."""
 
-    def __init__(self, schedule="linear", prediction: str = "eps", T: int = 1000):
+    def __init__(self, schedule="linear", prediction: str = "eps"):
         """schedule: a name that noise_schedule knows, or alpha_bar itself [T], falling below 1.
         prediction: what the network outputs, "eps" or "v", which is
         sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, section 4). Where x_t is
@@ -45,7 +45,7 @@ class GaussianDiffusion(nn.Module):
         if prediction not in ("eps", "v"):
             raise ValueError(f"unknown prediction {prediction!r}: choose eps or v")
         if isinstance(schedule, str):
-            alpha_bar = noise_schedule(schedule, T)
+            alpha_bar = noise_schedule(schedule)
         else:    # zero terminal SNR (arXiv:2305.08891) ends at 0, which would be a divisor
             alpha_bar = torch.as_tensor(schedule, dtype=torch.float64).cpu().clamp(min=2 ** -40)
         self.T, self.prediction = len(alpha_bar), prediction

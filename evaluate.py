@@ -13,7 +13,8 @@ beside the data set. It measures
             al. 2025, section 5), with its 95 % interval from rate_low to rate_high
     fid     the Frechet distance of its features between the images and the normal test images
             (Heusel et al. 2017, arXiv:1706.08500). Do not compare it with the FIDs of papers, which
-            use the features of Inception. fid_floor is that of as many normal training images.
+            use the features of Inception. fid_floor is that of as many normal training images
+            (of all, if there are fewer).
 
 and its own errors: false_alarms on normal test images, and misses of sensitive ones.
 Your own images have no labels. There, a classifier learns to tell S, the sensitive images, from
@@ -199,10 +200,10 @@ def main():
     parser = make_parser(__doc__, "python evaluate.py (--ckpt | --images | --export_real) PATH ...")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--ckpt", type=user_path, help="evaluate samples of this checkpoint of train.py")
-    add("--images", type=user_path, help="evaluate the images below this folder")
+    add("--images", type=user_path, help="evaluate all images below this folder")
     add("--export_real", type=user_path, help="only write the normal test images to this folder")
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, help="(default: the checkpoint's, or mnist)")
+    add("--dataset", choices=DATASETS, help="(default: the checkpoint's)")
     add("--data_dir", type=user_path, help="folder of mnist/, or of unlabeled/")
     add("--image_size", type=int, help="of --images, for celeba and folder")
     add("--sensitive", help="classes or groups (default: the checkpoint's)")
@@ -211,8 +212,10 @@ def main():
     sampling_flags(parser, n=5000)
     args = parser.parse_args()
     device = runtime.find_device(args.device)
+    if not args.ckpt and not args.dataset:
+        raise UserError("--dataset is needed: which images to compare with")
     ckpt, channels = None, None
-    run = dict(dataset=args.dataset or "mnist", data_dir=DATA_DIR, sensitive=None, hflip=False)
+    run = dict(dataset=args.dataset, data_dir=DATA_DIR, sensitive=None, hflip=False)
     if args.ckpt:
         ckpt = runtime.read_checkpoint(args.ckpt)
         run = ckpt["args"]    # the flags of train.py

@@ -24,7 +24,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
 
 def to_pillow(image: torch.Tensor) -> Image.Image:
     """An image, uint8 [C, H, W] with 1 or 3 channels -> Pillow's form of it."""
-    pixels = rearrange(image.cpu(), "c h w -> h w c").numpy()
+    pixels = rearrange(image, "c h w -> h w c").numpy()
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 
 
@@ -65,8 +65,8 @@ def framed(images: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
     Frames are red where `marked` [N] is true, and white elsewhere."""
     n, _, height, width = images.shape
     frames = torch.full((n, 3, height + 4, width + 4), 255, dtype=torch.uint8)
-    frames[marked.cpu(), 1:] = 0    # red: no green, no blue
-    frames[:, :, 2:-2, 2:-2] = images.cpu()
+    frames[marked, 1:] = 0    # red: no green, no blue
+    frames[:, :, 2:-2, 2:-2] = images
     return frames
 
 

@@ -280,7 +280,8 @@ if ckpt:
     for name, module in state.items():
         module.load_state_dict(ckpt[name])
     step, seconds = ckpt["step"], ckpt["seconds"]
-    typical = ckpt["typical"] if ckpt["typical"] is None else ckpt["typical"].to(device)
+    if ckpt["typical"] is not None:
+        typical = ckpt["typical"].to(device)
 first_step, start = step, time.monotonic()
 before_path = args.out_dir / f"samples_{pu_start:06d}.png"
 sums, n_summed = {}, 0    # over the steps since the last row of the log

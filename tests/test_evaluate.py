@@ -131,7 +131,8 @@ def test_a_judge_is_trained_kept_and_trained_again_where_needed(tmp_path, monkey
 def test_real_images(mnist, few, tmp_path):
     """Five even digits as PNGs among fifteen odd ones as JPEGs, and 1,000 even ones."""
     odd = mnist.train_labels % 2 == 1
-    flags = ["--images", write(mnist.train[~odd][:5], tmp_path / "mix"), "--out_dir", tmp_path]
+    of_digits = ["--dataset", "mnist", "--out_dir", tmp_path, "--images"]
+    flags = [*of_digits, write(mnist.train[~odd][:5], tmp_path / "mix")]
     for i, image in enumerate(mnist.train[odd][:15, 0]):
         Image.fromarray(image.numpy()).save(tmp_path / "mix" / f"{i}.jpg", quality=95)
     mix = figures_of(*flags)
@@ -139,8 +140,7 @@ def test_real_images(mnist, few, tmp_path):
     frames = [picture(tmp_path / "evaluation.png")[33 * (i // 5), 33 * (i % 5)] for i in range(20)]
     assert sum(frame.tolist() == [255, 0, 0] for frame in frames) == 15
     assert figures_of(*flags, "--sensitive", "even")["rate"] == 0.75
-    images = write(mnist.train[~odd][:1000], tmp_path / "normal")
-    normal = figures_of("--images", images, "--out_dir", tmp_path)
+    normal = figures_of(*of_digits, write(mnist.train[~odd][:1000], tmp_path / "normal"))
     assert normal["rate"] > 0.99 and normal["classifier_accuracy"] >= 0.993
     assert 0 < normal["fid"] < 2 * normal["fid_floor"] < mix["fid"] / 5
     assert normal["false_alarms"] < 0.01 and normal["misses"] < 0.01
@@ -166,13 +166,15 @@ def test_a_checkpoint_and_the_images_sampled_from_it_are_measured_alike(small_ru
     assert picture(tmp_path / "run" / "evaluation.png").shape == (3 * 33 - 1, 3 * 33 - 1, 3)
     assert figures["train_steps"] == 30 and figures["prior"] == figures["loss_prior"] == 0.5
     run("sample.py", "--ckpt", ckpt, *flags, "--device", "cpu", "--out_dir", tmp_path / "pngs")
-    same = figures_of("--images", tmp_path / "pngs", "--seed", 5, "--out_dir", tmp_path)
+    same = figures_of("--images", tmp_path / "pngs", "--dataset", "mnist", "--seed", 5,
+                      "--out_dir", tmp_path)
     for key in ["rate", "rate_low", "fid", "fid_floor", "classes"]:
         assert figures[key] == same[key]
 
 
 def test_real_images_are_exported_for_other_tools(mnist, tmp_path):
-    flags = ["evaluate.py", "--export_real", tmp_path / "real", "--sensitive", "even,3,5,7,9"]
+    flags = ["evaluate.py", "--export_real", tmp_path / "real", "--dataset", "mnist",
+             "--sensitive", "even,3,5,7,9"]
     run(*flags)
     ones = evaluate.read_images(tmp_path / "real", 1, 28)
     assert torch.equal(ones, mnist.test[mnist.test_labels == 1])
@@ -185,7 +187,8 @@ def test_what_cannot_be_evaluated_is_refused(small_run, few, mnist, tmp_path, mo
     refused("is not what", *ckpt, "--dataset", "cifar10")
     assert run(*ckpt, "--out_dir", "/proc", check=False).returncode == 1    # it is read-only
     folder = write(mnist.test[:3], tmp_path / "pngs")
-    flags = ["evaluate.py", "--images", folder, "--out_dir", tmp_path]
+    flags = ["evaluate.py", "--images", folder, "--out_dir", tmp_path, "--dataset", "mnist"]
+    refused("--dataset is needed", *flags[:-2])
     Image.new("L", (32, 28)).save(folder / "wide.png")
     refused("wide.png has 32x28 pixels, the data set has 28x28", *flags)
     (folder / "half.png").write_bytes((folder / "00001.png").read_bytes()[:90])
