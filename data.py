@@ -75,12 +75,16 @@ def load(name: str, data_dir: Path = DATA_DIR, image_size: int = None,
     image_size (pixels) and channels (1 or 3) are for "folder" and "celeba", which are resized.
     Raises UserError for files that are missing or damaged, or another size than the images have."""
     folder, entry = Path(data_dir) / name, DATASETS[name]
-    if "image_size" in entry:
-        size = image_size or entry["image_size"], channels or entry["channels"]
-        if name == "folder":
-            return Images(*load_folder(Path(data_dir), *size))
-        return Images(*load_celeba(folder, *size))
-    images = Images(*(load_records if name in ("cifar10", "stl10") else load_idx)(name, folder))
+    size = image_size or entry.get("image_size"), channels or entry.get("channels")
+    if name == "folder":
+        arrays = load_folder(Path(data_dir), *size)
+    elif name == "celeba":
+        arrays = load_celeba(folder, *size)
+    elif name in ("cifar10", "stl10"):
+        arrays = load_records(name, folder)
+    else:
+        arrays = load_idx(name, folder)
+    images = Images(*arrays)
     if image_size not in (None, images.train.shape[2]):
         raise UserError(f"--image_size {image_size} is for folder and celeba: {name} has "
                         f"{images.train.shape[2]} pixels")

@@ -4,7 +4,7 @@ Does it work? How many generated images are not sensitive, and how good are they
     python evaluate.py --ckpt out/mnist-pu-0.5/ckpt.pt                      # samples 5,000 images
     python evaluate.py --images samples/ --dataset mnist --sensitive odd    # images from anywhere
     python evaluate.py --export_real real/ --dataset mnist                  # the normal test images
-    python evaluate.py --ckpt out/folder-pu-0.1/ckpt.pt                     # your own images
+    python evaluate.py --ckpt out/folder-pu-0.1-small/ckpt.pt               # your own images
 
 The judge is a small network, trained on the real labels (of CelebA: sensitive or not) and kept
 beside the data set. It measures
@@ -96,6 +96,7 @@ def load_judge(data: Images, hflip: bool, cache: Path, device: torch.device) -> 
     classes, _ = classes_and_features(judge, data.test)
     accuracy = float((classes == data.test_labels).float().mean())
     with suppress(OSError):    # the data may be read-only
+        cache.parent.mkdir(parents=True, exist_ok=True)
         runtime.save_whole(dict(key=key, model=judge.state_dict(), accuracy=accuracy), cache)
     return judge, accuracy
 
@@ -118,7 +119,7 @@ def measure(judge: Classifier, images: torch.Tensor, data: Images, sensitive: li
         classes_and_features(judge, x) for x in (images, data.test, real))
     counts = classes.bincount(minlength=judge.out.out_features)
     is_sensitive = has_class(classes, sensitive)
-    wrong = (has_class(test_classes, sensitive) == normal).float()    # judged sensitive iff normal
+    wrong = (has_class(test_classes, sensitive) == normal).float()    # misjudged
     figures = with_interval("rate", int((~is_sensitive).sum()), len(images)) | dict(
         fid=frechet_distance(features, test_features[normal]), classes=counts.tolist(),
         fid_floor=frechet_distance(real_features, test_features[normal]),
@@ -167,8 +168,8 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
         like_s = logits[0]
         for row, z in zip(rows.values(), logits):
             row |= with_interval("like_s", int((z > 0).sum()), len(z))
-    say(f"like_s: share that looks like S{', mirrored or not' if hflip else ''}; "
-        f"distance: Frechet distance to {n} of {reference}/")
+        say(f"like_s: share that looks like S{', mirrored or not' if hflip else ''}")
+    say(f"distance: Frechet distance to {n} of {reference}/")
     for name, row in rows.items():
         if len(features[name]) >= n:
             row["distance"] = frechet_distance(features[name][:n], target)
@@ -276,6 +277,7 @@ def main():
         figures |= dict(measured, classifier_accuracy=accuracy)
         for key, value in figures.items():
             say(f"{key:20} {value}")
+    say(f"{picture} shows what looks sensitive")
     say(json.dumps(figures))    # before anything fails
     save_png(grid(framed(images[:100], marked[:100])), picture)
 

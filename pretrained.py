@@ -112,9 +112,9 @@ def load_diffusers(source: str, path: Path) -> tuple:
 
 def load_checkpoint(ckpt: dict) -> tuple:
     """A checkpoint of train.py -> its network, with the averaged weights and in eval mode, and its
-    diffusion. Raises UserError where they do not fit this unet.py."""
+    diffusion. Raises UserError where they do not fit that network."""
     config, scheduler_config = ckpt["network"]["config"], ckpt["network"]["scheduler_config"]
-    with one_sentence("the checkpoint does not fit this unet.py"):
+    with one_sentence("the checkpoint does not fit the network that pretrained.py builds"):
         if scheduler_config is None:
             model = UNet(UNetConfig(**config))
         else:

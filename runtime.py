@@ -70,7 +70,7 @@ def number(text: str) -> float:
 def fraction(text: str) -> float:
     """For argparse: as number, and between 0 and 1."""
     if not 0 < number(text) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
     return number(text)
 
 

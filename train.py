@@ -86,15 +86,15 @@ add("--compile", action=argparse.BooleanOptionalAction,
     help="torch.compile the loss (default: on cuda only)")
 add("--save_interval", type=int, default=500,
     help="steps between two checkpoints and sample grids (default: 500)")
-add("--out_dir", type=runtime.user_path, help="(default: out/DATASET-ALGORITHM-PRIOR)")
-add("--resume", action="store_true", help="go on from the checkpoint in --out_dir")
+add("--out_dir", type=runtime.user_path, help="(default: out/DATASET-ALGORITHM-PRIOR...)")
+add("--resume", action="store_true", help="go on from the checkpoint in --out_dir, if it exists")
 
 args = parser.parse_args()
 if args.out_dir is None:
     data.check_data_flags(args)    # fills in --prior, which is part of the name
-    others = [name for name in ["recipe", "init_from", "scores"] if getattr(args, name)]
-    words = [args.dataset, args.algorithm, f"{args.prior:.4g}", *others]
-    args.out_dir = Path("out", "-".join(words))
+    words = [args.dataset, args.algorithm, f"{args.prior:.4g}", args.recipe]
+    words += [name for name in ["init_from", "scores"] if getattr(args, name)]
+    args.out_dir = Path("out", "-".join(filter(None, words)))
 ckpt_path, previous_path = args.out_dir / "ckpt.pt", args.out_dir / "ckpt_prev.pt"
 ckpt = None
 if ckpt_path.exists() or previous_path.exists():
@@ -286,7 +286,8 @@ first_step, start = step, time.monotonic()
 before_path = args.out_dir / f"samples_{pu_start:06d}.png"
 sums, n_summed = {}, 0    # over the steps since the last row of the log
 
-# losses are without the cap; the difference is with it, and share_negative is how often it was < 0
+# Losses are without the cap; the difference is with it, and share_negative is how often it was < 0.
+# What you add to `logged` needs a column here.
 columns = ["step", "risk", "loss_unlabeled", "loss_sensitive", "difference", "share_negative",
            "learning_rate", "images_per_second", "seconds"]
 if rank == 0:
@@ -370,7 +371,7 @@ while step < args.max_steps:
             x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
         t = torch.cat([t_u[rows], t_u[:count_s][rows]])
         eps = torch.cat([eps_u[rows], eps_u[:count_s][rows]])
-        net.require_backward_grad_sync = micro_batch >= micro_batches - world    # DDP: in the last
+        net.require_backward_grad_sync = micro_batch >= micro_batches - world    # only in the last
         loss = per_image_loss(x_0, t, eps)    # [B]
 
         # the cap, and the risk

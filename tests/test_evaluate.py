@@ -110,7 +110,7 @@ def toy(several=False):
 
 
 def test_a_judge_is_trained_kept_and_trained_again_where_needed(tmp_path, monkeypatch):
-    calls, cache, toys, train = [], tmp_path / "judge.pt", toy(), evaluate.train_classifier
+    calls, cache, toys, train = [], tmp_path / "new" / "judge.pt", toy(), evaluate.train_classifier
     monkeypatch.setattr(evaluate, "train_classifier",
                         lambda *args, **flags: calls.append(args) or train(*args, **flags))
     (first, accuracy), (again, same) = (load_judge(toys, False, cache, CPU) for _ in range(2))
@@ -123,7 +123,7 @@ def test_a_judge_is_trained_kept_and_trained_again_where_needed(tmp_path, monkey
     raw[len(raw) // 2] ^= 64    # in a weight
     cache.write_bytes(raw)
     load_judge(toys, False, cache, CPU)
-    load_judge(toys, True, tmp_path / "nowhere" / "judge.pt", CPU)    # cannot be kept there
+    load_judge(toys, True, Path("/proc/new/judge.pt"), CPU)    # cannot be kept there
     load_judge(toys, False, cache, CPU)
     assert len(calls) == 4
 

@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_either_kind_of_network(pipeline, tmp_path):
         again, _ = load_pretrained(str(tmp_path))    # the folder of the ckpt.pt
         assert same(again.state_dict(), model.state_dict())
         ckpt["ema"].popitem()
-        with pytest.raises(UserError, match="does not fit this unet.py"):
+        with pytest.raises(UserError, match="does not fit the network"):
             load_checkpoint(ckpt)
     with pytest.raises(UserError, match="from scratch"):
         save_diffusers(ours, tmp_path / "ours")
