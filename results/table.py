@@ -45,12 +45,16 @@ METHODS = {    # name: flags of train.py, where SCORES is a file and KEEP a numb
 SEEDS = {"": "", ", seed 1": " --seed 1"}    # what a title says: flags
 REAL = "real normal images"
 SCORES_PATH = r"out/table/\S+/scores\.pt"    # the name of its folder has the flags of pu_filter.py
+MODEL_PATH = r"out/table/\S+/ckpt\.pt"       # or those of train.py
 FILTERS = {}    # file of scores: the flags of pu_filter.py that make it; filled by `run`
 
-def folder(text: str) -> str:
+def short(flags: str) -> str:
+    """-> the flags, without long paths"""
+    return re.sub(MODEL_PATH, "MODEL", re.sub(SCORES_PATH, "SCORES", flags))
+
+def folder(flags: str) -> str:
     """-> a folder for the run, or the filter, with these flags"""
-    text = re.sub(SCORES_PATH, "filtered", text)
-    return "out/table/" + text.replace("--", "").replace("/", "_").replace(" ", "-")
+    return "out/table/" + short(flags).replace("--", "").replace("/", "_").replace(" ", "-")
 
 def run(data: str, method: str = "", max_steps: int = 4000, more: str = "") -> tuple:
     """-> the flags of train.py and of evaluate.py for a result. Those with their default value are
@@ -77,6 +81,7 @@ CURVES = {    # what is varied, and for what: {value: run}
     "steps of the sampler, dpm++": {
         n: run(HALF, more="" if n == 20 else f"--steps {n}") for n in [5, 10, 20]},
     "steps of the sampler, ddim": {20: run(HALF, more="--sampler ddim")}}
+TRAINED = f"{folder(run(HALF, METHODS['unsupervised'])[0])}/ckpt.pt"
 OTHERS = {    # title: {row: run}
     "controls, half of U is odd": {
         "PU, 100 labels, a cap of 10": run(LABELS[100], "--limit 10"),
@@ -87,6 +92,10 @@ OTHERS = {    # title: {row: run}
         f"{name}, {steps:,} steps": run(RARE, flags, steps) for steps in [2000, 4000]
         for name, flags in [("half of it", "--loss_prior 1/22"), ("the true one", ""),
                             ("twice it", "--loss_prior 2/11")]},
+    "half of U is odd, cleaned in 1,000 steps": {
+        "before": run(HALF, METHODS["unsupervised"])} | {
+        name: run(HALF, f"{METHODS[name]} --init_from {TRAINED}", 1000)
+        for name in ["PU", "filter alone"]},
     "photographs, half of U shows animals": {
         name: run(PHOTOS, f"--recipe small {METHODS[name]}", 3000)
         for name in ["PU", "unsupervised", "oracle"]},
@@ -140,7 +149,9 @@ def make(jobs: int):
                and any(f"--scores {scores} " in flags for flags in todo)]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run_script, filters))    # what one raises cancels those that have not begun
-        list(pool.map(complete, todo, todo.values()))
+        for starts_from_another in [False, True]:
+            now = [flags for flags in todo if ("--init_from" in flags) == starts_from_another]
+            list(pool.map(complete, now, map(todo.get, now)))
 
 # -----------------------------------------------------------------------------
 # the tables
@@ -172,7 +183,7 @@ def cells(row: str, result: dict, title: str) -> list:
         interval = f"± {(result['rate_high'] - result['rate_low']) / 2:.3f}"
     flags = TABLES[title].get(row, [])
     return [row, f"{result['rate']:.3f}", interval, f"{result['fid']:.2f}",
-            ", ".join(f"`{re.sub(SCORES_PATH, 'SCORES', words)}`" for words in flags if words)]
+            ", ".join(f"`{short(words)}`" for words in flags if words)]
 
 def markdown() -> dict:
     """-> {title: table} of all that was evaluated"""
