@@ -94,8 +94,8 @@ OTHERS = {    # title: {row: run}
                             ("twice it", "--loss_prior 2/11")]},
     "half of U is odd, cleaned in 1,000 steps": {
         "before": run(HALF, METHODS["unsupervised"])} | {
-        name: run(HALF, f"{METHODS[name]} --init_from {TRAINED}", 1000)
-        for name in ["PU", "filter alone"]},
+        f"{name}{lr}": run(HALF, f"{METHODS[name]} --init_from {TRAINED} {lr[2:]}", 1000)
+        for name in ["PU", "filter alone"] for lr in ["", ", --lr 1e-3"]},
     "photographs, half of U shows animals": {
         name: run(PHOTOS, f"--recipe small {METHODS[name]}", 3000)
         for name in ["PU", "unsupervised", "oracle"]},
