@@ -268,7 +268,7 @@ def main():
         images, marked = images[order], like_s[order] > 0
     else:
         cache = data_dir / name / f"classifier_{size}x{channels}.pt"
-        if name == "celeba":    # an image has many attributes: is it sensitive (1) or not (0)?
+        if data.train_labels.ndim == 2:    # of several classes: is it sensitive (1) or not (0)?
             data.train_labels = has_class(data.train_labels, sensitive).long()
             data.test_labels = has_class(data.test_labels, sensitive).long()
             sensitive = [1]
