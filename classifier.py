@@ -5,7 +5,7 @@ A small convolutional classifier and its training, for the judge, the filter, an
     train_classifier(model, batch_loss, steps=1500, lr=4e-3)    # batch_loss(step) -> a scalar
     logits, features = predict(model, images.split(500))        # images [N, C, H, W] uint8
 
-The judge in evaluate.py measured all published figures but those of the emoji. If you change its
+The judge in evaluate.py gave all published rates and FIDs but those of the emoji. If you change its
 layers or training, raise JUDGE_VERSION there.
 """
 import time
