@@ -4,7 +4,7 @@ Does it work? How many generated images are not sensitive, and how good are they
     python evaluate.py --ckpt out/mnist-pu-0.5/ckpt.pt                      # samples 5,000 images
     python evaluate.py --images samples/ --dataset mnist --sensitive odd    # images from anywhere
     python evaluate.py --export_real real/ --dataset mnist                  # the normal test images
-    python evaluate.py --ckpt out/folder-pu-0.1-small/ckpt.pt               # your own images
+    python evaluate.py --ckpt out/folder-pu-0.1-tiny/ckpt.pt                # your own images
 
 The judge is a small network, trained on the real labels (of CelebA: sensitive or not) and kept
 beside the data set. It measures
