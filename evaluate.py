@@ -242,14 +242,14 @@ def main():
     picture = (args.out_dir or (args.ckpt.parent if ckpt else Path())) / "evaluation.png"
     runtime.check_png(picture)
     if own:
-        u, s, normal = map(len, split(name, data, args.sensitive))
-        if (min(s, normal) if normal else u) < FOLDS:
-            raise UserError(f"{data_dir}: sensitive/ and normal_test/ need {FOLDS} images each or, "
-                            f"without normal_test/, unlabeled/ needs {FOLDS}")
+        sizes = map(len, split(name, data, args.sensitive))
+        if min(n for n in sizes if n) < FOLDS:    # normal_test/ may be empty
+            raise UserError(f"{data_dir}: each of its folders needs {FOLDS} images or more")
     if ckpt:
         images = draw(args, model, diffusion, device)
     else:
-        images = read_images(args.images, channels, size)
+        images = read_images(args.images, channels, size)    # names may sort them by kind
+        images = images[torch.randperm(len(images), generator=torch.manual_seed(args.seed))]
     if len(images) < 2:
         raise UserError(f"FID needs two images or more: --n or --images gives {len(images)}")
 

@@ -211,16 +211,17 @@ def folder(tmp_path, monkeypatch):
 
 def test_images_beside_a_folder(folder, tmp_path):
     flags, mirrored = folder
-    images = write(torch.cat([arrows(20, 0), arrows(20, 20)]), tmp_path / "images")
+    images = write(torch.cat([arrows(30, 0), arrows(30, 30)]), tmp_path / "images")
     rows = figures_of(*flags, "--images", images)["groups"]
     assert {name: (row["n"], row["like_s"]) for name, row in rows.items()} == dict(
-        images=(40, 0.5), unlabeled=(80, 0.25), sensitive=(40, 1), normal_test=(60, 0))
+        images=(60, 0.5), unlabeled=(80, 0.25), sensitive=(40, 1), normal_test=(60, 0))
     assert rows["images"]["like_s_low"] < 0.5 < rows["images"]["like_s_high"]
     assert rows["normal_test"]["distance"] < rows["unlabeled"]["distance"]
+    # the distance of 30 images: of both kinds, though the first 30 by name are normal
     assert rows["unlabeled"]["distance"] < rows["images"]["distance"]
-    shown = picture(tmp_path / "evaluation.png")[::21, ::21].reshape(-1, 3)[:40]
+    shown = picture(tmp_path / "evaluation.png")[::21, ::21].reshape(-1, 3)[:60]
     red = [frame.tolist() == [255, 0, 0] for frame in shown]    # like S: first, framed
-    assert red == 20 * [True] + 20 * [False] and mirrored == 4 * [False]
+    assert red == 30 * [True] + 30 * [False] and mirrored == 4 * [False]
 
 
 def test_a_checkpoint_brings_its_folder_its_size_and_its_mirroring(folder, small_run, tmp_path):
