@@ -15,11 +15,10 @@ from types import SimpleNamespace
 import torch.nn as nn
 
 from diffusion import GaussianDiffusion
-from runtime import UserError, all_finite, read_checkpoint, warn
+from runtime import UserError, all_finite, read_checkpoint
 from unet import UNet, UNetConfig
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}    # the library's words -> ours
-DDPM = {"beta_schedule": "linear"}    # where there is no scheduler_config.json
 
 
 class DiffusersUNet(nn.Module):
@@ -77,33 +76,30 @@ def load_diffusers(source: str, path: Path) -> tuple:
         while re.match("unet|checkpoint-", folders[-1].name):    # inside a pipeline or a training
             folders.append(folders[-1].parent)
         config = UNet2DModel.load_config(folders[0])
-        places = [place for folder in folders for place in (folder, folder / "scheduler")
-                  if (place / "scheduler_config.json").exists()]
-        scheduler_config = DDPMScheduler.load_config(places[0]) if places else DDPM
+        places = [place for folder in folders for place in (folder, folder / "scheduler")]
+        found = (place for place in places if (place / "scheduler_config.json").exists())
+        scheduler_config = DDPMScheduler.load_config(next(found, places[0]))    # raises for none
         scheduler = DDPMScheduler.from_config(scheduler_config)
 
     kind, size, c_in, c_out = map(config.get, [
         "_class_name", "sample_size", "in_channels", "out_channels"])
-    sides = size if isinstance(size, list) else [size]
     prediction = scheduler.config.prediction_type
     vae = any((folder / name).exists() for folder in folders for name in ("vae", "vqvae"))
     misfits = [
         vae and "is latent: a vae turns its samples into pixels",
         kind != "UNet2DModel" and f"is a {kind}, not a UNet2DModel",
         (c_in not in (1, 3) or c_out != c_in) and f"has {c_in} channels in and {c_out} out",
-        (not size or len(set(sides)) > 1) and f"has sample_size {size}, which is not square",
+        not isinstance(size, int) and f"has sample_size {size}, not one number",
         (config.get("class_embed_type") or config.get("num_class_embeds")) and "needs labels",
         "beta_schedule" not in scheduler_config and f"has a {scheduler_config.get('_class_name')}",
         prediction not in PREDICTIONS and f"predicts {prediction}, not epsilon or v_prediction"]
     if any(misfits):
         raise UserError(f"{source} {next(filter(None, misfits))}: train.py cannot train it "
                         f"(text_to_image.py is for Stable Diffusion)")
-    if not places:
-        warn(f"{source} has no scheduler_config.json: assuming DDPM's linear betas, and eps")
     with one_sentence(source):
         net, report = UNet2DModel.from_pretrained(
-            origin, subfolder=part, revision=revision, sample_size=sides[0],
-            low_cpu_mem_usage=False, output_loading_info=True)
+            origin, subfolder=part, revision=revision, low_cpu_mem_usage=False,
+            output_loading_info=True)
     if any(report.values()) or not all_finite(net.state_dict()):
         raise UserError(f"{source}: the weights do not fit its config.json, or are not finite")
     diffusion = GaussianDiffusion(scheduler.alphas_cumprod, PREDICTIONS[prediction])
@@ -139,9 +135,8 @@ def save_diffusers(model, folder: Path):
     if isinstance(model, UNet):
         raise UserError("--save_diffusers is for networks of the diffusers library: this run began "
                         "from scratch, and is saved as ckpt.pt only")
-    folder.mkdir(parents=True)
-    with one_sentence(folder):
-        from diffusers import DDPMPipeline, DDPMScheduler
+    from diffusers import DDPMPipeline, DDPMScheduler
 
-        scheduler = DDPMScheduler.from_config(model.scheduler_config)
-        DDPMPipeline(model.net, scheduler).save_pretrained(folder)
+    folder.mkdir(parents=True)
+    scheduler = DDPMScheduler.from_config(model.scheduler_config)
+    DDPMPipeline(model.net, scheduler).save_pretrained(folder)

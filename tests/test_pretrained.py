@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import SMALL, refused, run, same
 
-import pretrained
 from pretrained import describe, load_checkpoint, load_pretrained, save_diffusers
 from runtime import UserError, read_checkpoint
 from unet import UNet, UNetConfig
@@ -99,14 +98,12 @@ def test_a_whole_round(tmp_path):
     assert after.scheduler.config.prediction_type == "v_prediction"
 
 
-def test_layouts_that_people_have(pipeline, tmp_path, monkeypatch):
-    warned = []
-    monkeypatch.setattr(pretrained, "warn", warned.append)
+def test_layouts_that_people_have(pipeline, tmp_path):
     unet, bias = pipeline / "unet", load_pretrained(str(pipeline))[0].net.conv_out.bias
 
-    def loads(path, schedule=COSINE, bias=bias):
+    def loads(path, bias=bias):
         model, diffusion = load_pretrained(str(path))
-        expected = diffusers.DDPMScheduler(**schedule).alphas_cumprod
+        expected = diffusers.DDPMScheduler(**COSINE).alphas_cumprod
         assert diffusion.alpha_bar == pytest.approx(expected.tolist())
         assert torch.equal(model.net.conv_out.bias, bias)
 
@@ -124,9 +121,8 @@ def test_layouts_that_people_have(pipeline, tmp_path, monkeypatch):
     average.conv_out.bias.data += 1
     average.save_pretrained(checkpoint / "unet_ema", safe_serialization=False)
     loads(checkpoint, bias=bias + 1)
-    assert not warned
-    loads(shutil.copytree(unet, tmp_path / "bare"), {})
-    assert len(warned) == 1
+    with pytest.raises(UserError, match="scheduler_config.json"):    # no schedule is guessed
+        load_pretrained(str(shutil.copytree(unet, tmp_path / "bare")))
 
 
 def test_names_on_the_hub(pipeline, tmp_path, monkeypatch):
