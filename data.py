@@ -138,13 +138,9 @@ def pu_split(data: Images, sensitive: list, prior: float, n_unlabeled: int, n_la
     data.test. Raises UserError if there are too few images."""
     is_sensitive = has_class(data.train_labels, sensitive)
     n_sensitive, n_normal = int(is_sensitive.sum()), int((~is_sensitive).sum())
-
-    def fits(n):    # are there enough images of both kinds for a U of n?
-        return round(prior * n) <= n_sensitive - n_labeled and n - round(prior * n) <= n_normal
-
     n_hidden = round(prior * n_unlabeled)    # sensitive images in U
-    if not 0 < n_hidden < n_unlabeled or not fits(n_unlabeled):
-        largest = max((n for n in range(n_sensitive + n_normal) if fits(n)), default=0)
+    largest = max(0, round(min((n_sensitive - n_labeled) / prior, n_normal / (1 - prior))))
+    if not 0 < n_hidden < n_unlabeled or n_unlabeled > largest:
         raise UserError(f"--n_unlabeled {n_unlabeled} with --prior {prior:.4g} and --n_labeled "
                         f"{n_labeled}: there are {n_sensitive:,} sensitive and {n_normal:,} normal "
                         f"images. U can have {largest:,} at most, and needs images of both kinds")
@@ -195,11 +191,10 @@ def read_scores(path: Path, images: torch.Tensor, u: torch.Tensor, s: torch.Tens
     -> the fraction `keep` of u that scores lowest, and those of s that score no higher.
     Raises UserError for another file, or for the scores of other images."""
     scores = runtime.load_verified(path, "what pu_filter.py writes")
-    if not {"u", "s", "z_u", "z_s", "digest"} <= scores.keys():
-        raise UserError(f"--scores {path} is not what pu_filter.py writes")
-    same = torch.equal(scores["u"], u) and torch.equal(scores["s"], s)
-    if not same or scores["digest"] != digest(images):
-        raise UserError(f"--scores {path} is for other images: use the same data flags and --seed")
+    same = scores.get("digest") == digest(images)
+    if not same or not torch.equal(scores["u"], u) or not torch.equal(scores["s"], s):
+        raise UserError(f"--scores {path} is not what pu_filter.py writes for these images: use "
+                        f"the same data flags and --seed")
     threshold = scores["z_u"].kthvalue(math.ceil(keep * len(u))).values
     return u[scores["z_u"] <= threshold], s[scores["z_s"] <= threshold]
 

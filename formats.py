@@ -50,8 +50,7 @@ LAYOUT = """
   {0}/unlabeled/...      images of every kind, normal and sensitive
   {0}/sensitive/...      a few that must not be generated
   {0}/normal_test/...    (optional) normal images to compare with
-in any subfolders, as PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF. Transparent images are put on white:
-a white drawing on a transparent ground becomes white on white"""
+in any subfolders, as PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF"""
 
 # -----------------------------------------------------------------------------
 # published data sets

@@ -2,7 +2,6 @@
 Images on their way in and out: uint8 and [-1, 1], PNG files, grids.
 """
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +28,8 @@ def to_pillow(image: torch.Tensor) -> Image.Image:
 
 
 def save_png(image: torch.Tensor, path: Path):
-    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as a PNG file, whole or not at all."""
-    part = path.with_name(f"{path.name}.tmp")
-    to_pillow(image).save(part, format="PNG")
-    os.replace(part, path)
+    """Writes an image, uint8 [C, H, W] with 1 or 3 channels, as a PNG file."""
+    to_pillow(image).save(path, format="PNG")
 
 
 def load_png(path: Path) -> torch.Tensor:
@@ -46,10 +43,9 @@ def grid(images: torch.Tensor) -> torch.Tensor:
 
     It has about as many rows as columns, with white lines of one pixel between them."""
     columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    n_blank = rows * columns - len(images)
+    n_blank = -len(images) % columns
     tiles = F.pad(images.cpu(), (0, 1, 0, 1, 0, 0, 0, n_blank), value=255)    # W, H, C, N
-    return rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", r=rows)[:, :-1, :-1]
+    return rearrange(tiles, "(r c) ch h w -> ch (r h) (c w)", c=columns)[:, :-1, :-1]
 
 
 def side_by_side(images: list) -> torch.Tensor:

@@ -33,9 +33,6 @@ def warn(*words, end="\n"):
 # -----------------------------------------------------------------------------
 # errors and flags
 
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")    # as devices say it
-
-
 class UserError(Exception):
     """What the person who started a script can mend; the text says how."""
 
@@ -45,7 +42,7 @@ def explain(kind, error, trace):
     script = Path(sys.argv[0]).name
     if isinstance(error, (UserError, OSError)):
         warn(f"{script}: error: {error}")
-    elif isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+    elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate", str(error)):
         warn(f"{script}: error: out of memory: try a smaller --batch_size or --image_size")
     elif isinstance(error, KeyboardInterrupt):
         warn(f"{script}: interrupted")
@@ -111,9 +108,10 @@ def plain(args: argparse.Namespace) -> dict:
 
 
 def save_args(args: argparse.Namespace, device: torch.device, path: Path):
-    """Writes what a run was: its flags, command, machine, version of torch, and commit if any."""
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True)    # shell: git may be missing
+    """Writes what a run was: its flags, command, machine, version of torch, and commit if any, with
+    "-dirty" where files have changed since."""
+    git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True,
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
     machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)

@@ -136,17 +136,15 @@ torch.manual_seed(args.seed)
 # -----------------------------------------------------------------------------
 # the model to start from, if any, and the data
 
-model = None
-if ckpt:
-    model, diffusion = load_checkpoint(ckpt)
-elif args.init_from:
-    with runtime.first_rank_first():
-        model, diffusion = load_pretrained(args.init_from)
-channels = None
-if model and "image_size" in data.DATASETS[args.dataset]:    # resize images to what it draws
-    channels = model.config.image_channels
-    args.image_size = args.image_size or model.config.image_size
+model = channels = None
 with runtime.first_rank_first():
+    if ckpt:
+        model, diffusion = load_checkpoint(ckpt)
+    elif args.init_from:
+        model, diffusion = load_pretrained(args.init_from)
+    if model and "image_size" in data.DATASETS[args.dataset]:    # resize images to what it draws
+        channels = model.config.image_channels
+        args.image_size = args.image_size or model.config.image_size
     dataset = data.load(args.dataset, args.data_dir, args.image_size, channels)
 images = dataset.train    # uint8 [N, C, H, W]; u and s are indices into it
 u, s, _ = data.split(args.dataset, dataset, args.sensitive, args.prior, args.n_unlabeled,
@@ -273,16 +271,15 @@ use_cap = args.algorithm == "pu" and args.limit < math.inf and (pu_start > 0 or 
 # -----------------------------------------------------------------------------
 # where the run stands, and what it writes
 
-step, seconds = 0, 0.0
+step, start = 0, time.monotonic()
 typical = None    # mean l on U by timestep, once the network knows U
 state = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
 if ckpt:
     for name, module in state.items():
         module.load_state_dict(ckpt[name])
-    step, seconds = ckpt["step"], ckpt["seconds"]
+    step, start = ckpt["step"], time.monotonic() - ckpt["seconds"]    # of the whole run
     if ckpt["typical"] is not None:
         typical = ckpt["typical"].to(device)
-first_step, start = step, time.monotonic()
 before_path = args.out_dir / f"samples_{pu_start:06d}.png"
 sums, n_summed = {}, 0    # over the steps since the last row of the log
 
@@ -297,7 +294,7 @@ if rank == 0:
 
 def save_checkpoint():
     saved = {name: module.state_dict() for name, module in state.items()}
-    saved |= dict(network=describe(model), step=step, seconds=seconds + time.monotonic() - start,
+    saved |= dict(network=describe(model), step=step, seconds=time.monotonic() - start,
                   diffusion=dict(alpha_bar=diffusion.alpha_bar, prediction=diffusion.prediction),
                   args=runtime.plain(args), loss_prior=loss_prior, pu_start=pu_start,
                   typical=typical, checksum=checksum)
@@ -417,15 +414,15 @@ while step < args.max_steps:
                             f"{row['loss_unlabeled']:.4g}: try a lower --lr, with --resume if "
                             f"{ckpt_path} exists")
         elapsed = time.monotonic() - start
-        speed = (step - first_step) * args.batch_size / elapsed
-        left = round(elapsed / (step - first_step) * (args.max_steps - step))
+        speed = step * args.batch_size / elapsed
+        left = round(elapsed / step * (args.max_steps - step))
         text_s = f"l_S {row['loss_sensitive']:.3f}  " if "loss_sensitive" in row else ""
         say(f"step {step}/{args.max_steps}  risk {row['risk']:.3f}  "
             f"l_U {row['loss_unlabeled']:.3f}  {text_s}lr {lr:.2e}  {speed:.0f} images/s  "
             f"{left // 60}:{left % 60:02} left")
         if rank == 0:
             log.writerow(dict(row, step=step, learning_rate=lr, images_per_second=round(speed, 1),
-                              seconds=round(seconds + elapsed, 1)))
+                              seconds=round(elapsed, 1)))
         sums, n_summed = {}, 0
     if rank == 0 and save_is_due:
         save_samples()
@@ -439,7 +436,7 @@ while step < args.max_steps:
         say(f"step {step}: U is learned. From here on the PU risk subtracts S; "
             f"{before_path} shows what the network draws now")
 
-minutes = (seconds + time.monotonic() - start) / 60
+minutes = (time.monotonic() - start) / 60
 say(f"trained for {minutes:.1f} minutes; everything is in {args.out_dir}")
 say("to sample from it:", shell("python", "sample.py", "--ckpt", ckpt_path))
 say("to evaluate it:", shell("python", "evaluate.py", "--ckpt", ckpt_path))

@@ -44,13 +44,12 @@ METHODS = {    # name: flags of train.py, where SCORES is a file and KEEP a numb
     "oracle": "--algorithm oracle"}
 SEEDS = {"": "", ", seed 1": " --seed 1"}    # what a title says: flags
 REAL = "real normal images"
-SCORES_PATH = r"out/table/\S+/scores\.pt"    # the name of its folder has the flags of pu_filter.py
-MODEL_PATH = r"out/table/\S+/ckpt\.pt"       # or those of train.py
 FILTERS = {}    # file of scores: the flags of pu_filter.py that make it; filled by `run`
 
 def short(flags: str) -> str:
-    """-> the flags, without long paths"""
-    return re.sub(MODEL_PATH, "MODEL", re.sub(SCORES_PATH, "SCORES", flags))
+    """-> the flags, without long paths: a folder is named by the flags that made it"""
+    flags = re.sub(r"out/table/\S+/scores\.pt", "SCORES", flags)
+    return re.sub(r"out/table/\S+/ckpt\.pt", "MODEL", flags)
 
 def folder(flags: str) -> str:
     """-> a folder for the run, or the filter, with these flags"""
@@ -176,27 +175,23 @@ def evaluated(title: str) -> dict:
         found[REAL] = dict(rate=1 - result["false_alarms"], fid=result["fid_floor"])
     return found
 
-def cells(row: str, result: dict, title: str) -> list:
-    """-> a row: rate, half the width of its interval, FID, flags"""
-    interval = ""
-    if "rate_high" in result:
-        interval = f"± {(result['rate_high'] - result['rate_low']) / 2:.3f}"
-    flags = TABLES[title].get(row, [])
-    return [row, f"{result['rate']:.3f}", interval, f"{result['fid']:.2f}",
-            ", ".join(f"`{short(words)}`" for words in flags if words)]
-
 def markdown() -> dict:
-    """-> {title: table} of all that was evaluated"""
+    """-> {title: table} of all that was evaluated. 95 %: half the width of the rate's interval"""
     tables = {}
     for title in TABLES:
-        found = evaluated(title)
-        rate, distance = "non-sensitive rate", "FID"
+        found, measures = evaluated(title), "non-sensitive rate | 95 % | FID"
         if any("groups" in result for result in found.values()):    # images without classes
-            rate, distance = "not like S", "distance"
-        rows = [[title, rate, "95 %", distance, "flags"], ["---"] * 5]
-        rows += [cells(*row, title) for row in found.items()]
+            measures = "not like S | 95 % | distance"
+        lines = [f"| {title} | {measures} | flags |", "| --- | --- | --- | --- | --- |"]
+        for row, result in found.items():
+            interval = ""
+            if row != REAL:
+                interval = f"± {(result['rate_high'] - result['rate_low']) / 2:.3f}"
+            flags = ", ".join(f"`{short(words)}`" for words in TABLES[title].get(row, []) if words)
+            lines.append(f"| {row} | {result['rate']:.3f} | {interval} | {result['fid']:.2f} "
+                         f"| {flags} |")
         if found:
-            tables[title] = "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+            tables[title] = "\n".join(lines)
     return tables
 
 if __name__ == "__main__":
