@@ -111,12 +111,12 @@ def measure(judge: Classifier, images: torch.Tensor, data: Images, sensitive: li
             seed: int) -> tuple:
     """images [N, C, H, W] uint8 -> the figures by name, and [N] bool: is it of a sensitive class?
     seed: chooses the normal training images for the floor of FID"""
-    normal, train_normal = (~has_class(labels, sensitive)
-                            for labels in (data.test_labels, data.train_labels))
+    normal = ~has_class(data.test_labels, sensitive)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
-    real = data.train[order[train_normal[order]][:len(images)]]
-    (classes, features), (test_classes, test_features), (_, real_features) = (
-        classes_and_features(judge, x) for x in (images, data.test, real))
+    train_normal = order[~has_class(data.train_labels[order], sensitive)]
+    classes, features = classes_and_features(judge, images)
+    test_classes, test_features = classes_and_features(judge, data.test)
+    _, real_features = classes_and_features(judge, data.train[train_normal[:len(images)]])
     counts = classes.bincount(minlength=judge.out.out_features)
     is_sensitive = has_class(classes, sensitive)
     wrong = (has_class(test_classes, sensitive) == normal).float()    # misjudged
@@ -248,8 +248,9 @@ def main():
     if ckpt:
         images = draw(args, model, diffusion, device)
     else:
-        images = read_images(args.images, channels, size)    # names may sort them by kind
-        images = images[torch.randperm(len(images), generator=torch.manual_seed(args.seed))]
+        images = read_images(args.images, channels, size)
+        if own:    # the distance is of the first n, and names may sort them by kind
+            images = images[torch.randperm(len(images), generator=torch.manual_seed(args.seed))]
     if len(images) < 2:
         raise UserError(f"FID needs two images or more: --n or --images gives {len(images)}")
 

@@ -78,21 +78,20 @@ def train_filter(images: torch.Tensor, prior: float, hflip: bool, steps: int, de
 def print_table(args, z_u: torch.Tensor, z_s: torch.Tensor, labels_u: torch.Tensor):
     """Prints what --keep does: the sensitive fraction of the kept images, estimated by S, and where
     U has labels, the true fraction and the fraction of normal images that are kept."""
-    head, has_labels = " --keep   sensitive, by S", args.dataset != "folder"
+    order, has_labels = z_u.argsort(), args.dataset != "folder"
     if has_labels:
-        head += "   sensitive, by labels   normal images kept"
         normal = (~has_class(labels_u, parse_classes(args.dataset, args.sensitive))).float()
-    say(head)
-    order = z_u.argsort()
     for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
         keep = share * (1 - args.prior)
         kept = order[:max(1, round(keep * len(z_u)))]
         passed = (z_s <= z_u[kept[-1]]).float().mean()
-        line = f"{keep:7.3f}   {args.prior * passed / keep:15.4f}"
+        row = {"--keep": keep, "sensitive, by S": args.prior * passed / keep}
         if has_labels:
-            line += f"   {1 - normal[kept].mean():20.4f}"
-            line += f"   {normal[kept].sum() / normal.sum():18.4f}"
-        say(line)
+            row["sensitive, by labels"] = 1 - normal[kept].mean()
+            row["normal images kept"] = normal[kept].sum() / normal.sum()
+        if share == 1:
+            say("   ".join(row))
+        say("   ".join(f"{value:{len(name)}.4f}" for name, value in row.items()))
 
 
 def main():
