@@ -149,10 +149,14 @@ def make_folder(root, n=200, broken=()):
 
 
 def write(pictures, folder):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i, image in enumerate(pictures):
         images.save_png(image, folder / f"{i:05d}.png")
     return folder
+
+
+def pixels(path):
+    return np.array(Image.open(path)).astype(int)
 
 
 def arrows(n, n_left):

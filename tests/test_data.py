@@ -9,16 +9,11 @@ from PIL import Image
 
 import data
 from data import DATASETS, Images, has_class, load, parse_classes, pu_split, split
+from images import grid, load_png, numbered
 from runtime import UserError
 
 MNIST = load("mnist")
 ODD = [1, 3, 5, 7, 9]
-
-
-def test_mnist_is_mnist():
-    assert MNIST.train.shape == (60000, 1, 28, 28) and MNIST.test.shape == (10000, 1, 28, 28)
-    assert MNIST.train.dtype == torch.uint8 and MNIST.train_labels.dtype == torch.int64
-    assert MNIST.train_labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
 
 
 def test_parse_classes():
@@ -140,7 +135,10 @@ def test_preview(tmp_path):
     printed = run("data.py", "--prior", "1/11", "--preview", path).stdout
     assert "U has 27,500, S has 2,500; 4,926 normal test images" in printed
     assert "in U: 2,500, which is 0.09091 of it" in printed
-    assert Image.open(path).size == (2 * (8 * 29 - 1) + 12, 8 * 29 - 1)
+    picture, s = load_png(path), MNIST.train[split("mnist", MNIST, prior=1 / 11)[1]]
+    assert picture.shape == (1, 8 * 29 - 1, 2 * (8 * 29 - 1) + 12)
+    for left, of_s in [(0, False), (8 * 29 - 1 + 12, True)]:
+        assert (s == picture[:, :28, left:left + 28]).flatten(1).all(1).any() == of_s
     refused("list_attr_celeba.txt", "data.py", "--dataset", "celeba", "--data_dir", tmp_path,
             "--preview", path)
 
@@ -150,7 +148,9 @@ def test_preview_of_a_folder_shows_what_to_count(tmp_path):
     printed = run("data.py", "--dataset", "folder", "--data_dir", tmp_path,
                   "--preview", tmp_path / "p.png").stdout
     assert "200 random images of U" in printed and "divided by 200" in printed
-    assert Image.open(tmp_path / "p.png").size == (15 * 97 - 1, 14 * 109 - 1)
+    picture, first = load_png(tmp_path / "p.png"), load("folder", tmp_path).train[:200]
+    assert picture.shape == (3, 14 * 109 - 1, 15 * 97 - 1)
+    assert not torch.equal(picture, grid(numbered(first)))    # in random order
 
 
 def test_digest_tells_images_apart():

@@ -197,7 +197,7 @@ def test_dpm_solver_formula_on_uneven_steps(eta):
 def test_samples_are_the_same_by_v_and_by_eps_and_by_two_names_of_a_sampler():
     by_v = GaussianDiffusion(prediction="v")
     x = by_v.sample(Oracle(by_v), (10, 1), generator=seeded(0)).double()
-    torch.testing.assert_close(x, sample(10, 20, "dpm++", None, seed=0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(x, sample(10, 20, "dpm++", 1.0, seed=0), rtol=0, atol=1e-4)
     assert torch.equal(sample(10, 30, "ddpm", None, seed=3), sample(10, 30, "ddim", 1.0, seed=3))
 
 

@@ -79,7 +79,7 @@ def test_celeba(tmp_path):
     assert images.train.shape == images.test.shape == (1, 3, 64, 64)    # one is for validation
     red, green, blue = images.train[0].float()
     assert red[:, :28].mean() > 230 and blue[:, 36:].mean() > 230 and green[5:-5].mean() < 30
-    for word, expected in [("Male", True), ("female", False)]:
+    for word, expected in [("Male", True), ("female", False), ("male,female", True)]:
         labels = torch.cat([images.train_labels, images.test_labels])    # [2, 80]
         assert has_class(labels, parse_classes("celeba", word)).tolist() == [expected] * 2
     assert torch.equal(labels[:, :40], ~labels[:, 40:])

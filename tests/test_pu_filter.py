@@ -7,7 +7,7 @@ from conftest import SMALL, arrows, overhear, refused, run, write
 
 import data
 from classifier import distort
-from images import to_uint8
+from images import load_png, to_uint8
 from pu_filter import cross_fit, nnpu_loss
 from runtime import UserError
 
@@ -80,6 +80,8 @@ def test_the_table_of_real_digits(scores):
         n_odd = odd[order[:round(keep * 600)]].sum().item()
         assert by_labels == pytest.approx(n_odd / round(keep * 600), abs=1e-4)
         assert normal == pytest.approx((round(keep * 600) - n_odd) / 300, abs=1e-4)
+        passed = (saved["z_s"] <= saved["z_u"][order[round(keep * 600) - 1]]).float().mean().item()
+        assert by_s == pytest.approx(0.5 * passed / keep, abs=1e-4)
         assert by_s == pytest.approx(by_labels, abs=0.2)    # three standard errors of 100 images
     assert rows[4][2] < 0.4    # better than chance
 
@@ -94,6 +96,8 @@ def test_left_and_right_are_told_apart(tmp_path):
                   tmp_path / "my scores").stdout
     path = tmp_path / "my scores" / "scores.pt"
     assert torch.equal(torch.load(path)["z_u"] > 0, torch.arange(80) < 40)
+    dropped, kept = load_png(path.with_name("dropped.png"))[0, :16].float().split(7 * 17 + 11, 1)
+    assert dropped[:, 8:16].sum() > dropped[:, :8].sum() and kept[:, 8:16].sum() < kept[:, :8].sum()
     assert str(path) in shlex.split(printed.replace(",", ""))    # of a command to copy
 
 

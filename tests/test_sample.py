@@ -1,14 +1,9 @@
 """sample.py as a user runs it, with a real checkpoint."""
 import numpy as np
 import pytest
-from conftest import refused, run
-from PIL import Image
+from conftest import pixels, refused, run
 
 SAMPLING = ["--device", "cpu", "--dtype", "float32", "--steps", 3, "--n", 7, "--batch_size", 2]
-
-
-def pixels(path):
-    return np.array(Image.open(path)).astype(int)
 
 
 def sample(folder, *flags, **kwargs):

@@ -3,10 +3,10 @@ import json
 
 import pytest
 import torch
-from conftest import overhear, refused, run, same
+from conftest import overhear, refused, run, same, write
 from PIL import Image
 
-from images import grid, load_png, save_png, to_uint8
+from images import grid, load_png, to_uint8
 
 pytest.importorskip("peft")
 diffusers = pytest.importorskip("diffusers")
@@ -45,9 +45,7 @@ def root(tmp_path_factory):
     for name in ["epsilon", "v_prediction"]:
         write_pipeline(root / name, name)
     for part, count in [("unlabeled", 12), ("sensitive", 4)]:
-        (root / "images" / part).mkdir(parents=True)
-        for i, image in enumerate(torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8)):
-            save_png(image, root / "images" / part / f"{i:02}.png")
+        write(torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8), root / "images" / part)
     return root
 
 
