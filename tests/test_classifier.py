@@ -1,12 +1,13 @@
 """The classifier, and the judge's weights, on which every published result depends."""
 import hashlib
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from classifier import Classifier, predict, train_classifier
+from classifier import Classifier, balanced_loss, predict, train_classifier
 
 SHIPPED = "6997f3d69522a66cdad3a5fe7e0729cc0897acfce4fe14153f496e453cc3978a"
 ACCURACY = 0.9944999814033508
@@ -34,6 +35,12 @@ def test_large_images_are_averaged():
     model = Classifier(1, 128, n_outputs=2).eval()
     x = torch.randn(2, 1, 128, 128)
     torch.testing.assert_close(model(x)[0], model(F.avg_pool2d(x, 2))[0])
+
+
+def test_both_classes_weigh_the_same():
+    loss = balanced_loss(torch.tensor([0, 2.0, 1]), torch.tensor([3.0]))
+    normal = torch.tensor([0, 2.0, 1]).exp().log1p().mean()    # -log(1 - sigmoid(z))
+    assert loss == pytest.approx(0.5 * (normal + math.log(1 + math.exp(-3))).item())
 
 
 def test_training_separates_bright_from_dark():

@@ -26,7 +26,6 @@ def test_png_round_trip(tmp_path, channels):
         assert opened.format == "PNG" and opened.size == (7, 5)
         pixel = opened.getpixel((4, 2))    # x, y
     assert pixel == (image[0, 2, 4] if channels == 1 else tuple(image[:, 2, 4].tolist()))
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("n, rows, columns", [(1, 1, 1), (7, 3, 3), (64, 8, 8), (12, 3, 4)])
@@ -54,7 +53,8 @@ def test_numbers_stand_above_the_images(channels, size):
     assert tiles.shape == (12, 3, 108, 96) and (tiles[:, :, 12:] == 7).all()
     strips = tiles[:, :, :12]
     assert len({strip.numpy().tobytes() for strip in strips}) == 12    # each another number
-    assert ((strips < 128).flatten(1).sum(1) >= 15).all()
+    dark = (strips < 128).flatten(1, 2).any(1).sum(1)    # columns
+    assert 2 <= dark[:9].min() and dark[:9].max() < dark[9:].min()    # from 1 to 12
 
 
 def test_red_frames_land_where_they_belong():

@@ -130,10 +130,10 @@ def test_u_and_s_are_cut_at_the_same_score_and_other_scores_are_refused(ordered,
         with pytest.raises(UserError, match="bad.pt"):
             data.read_scores(bad, images, saved["u"], saved["s"], 0.5)
     refused("for these images", "train.py", *SMALL, *SETS, "--seed", 1, "--scores", path,
-            "--out_dir", tmp_path / "run")
+            "--max_steps", 2, "--out_dir", tmp_path / "run")
     torch.save(saved | dict(z_s=torch.full([100], -3.0)), bad)    # half of U is dropped, none of S
     refused("leave a prior of 1:", "train.py", *SMALL, *SETS, "--scores", bad, "--keep", 0.5,
-            "--out_dir", tmp_path / "run")
+            "--max_steps", 2, "--out_dir", tmp_path / "run")
 
 
 def test_training_sees_what_is_kept_and_nothing_else(ordered, tmp_path):

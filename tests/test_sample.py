@@ -16,6 +16,7 @@ def test_grid_and_folder_hold_the_same_images(small_run, tmp_path):
     grid = pixels(tmp_path / "new" / "grid.png")
     assert grid.shape == (3 * 29 - 1, 3 * 29 - 1)
     assert sorted(path.name for path in (tmp_path / "pngs").iterdir()) == names
+    assert len({path.read_bytes() for path in (tmp_path / "pngs").iterdir()}) == 7    # all differ
     for i, name in enumerate(names):
         tile = grid[i // 3 * 29:, i % 3 * 29:][:28, :28]
         assert np.array_equal(pixels(tmp_path / "pngs" / name), tile)
@@ -28,12 +29,12 @@ def test_half_precision_draws_nearly_the_same(small_run, tmp_path):
     assert 0 < np.abs(difference).mean() < 4    # of 255
 
 
-def test_the_seed_decides(small_run, tmp_path):
-    for name, seed in [("a", 3), ("b", 3), ("c", 4)]:
-        sample(small_run[0], "--sampler", "ddpm", "--seed", seed,
-               "--grid", tmp_path / f"{name}.png")
-    a, b, c = (pixels(tmp_path / f"{name}.png") for name in "abc")
-    assert np.array_equal(a, b) and not np.array_equal(a, c)
+def test_the_seed_the_sampler_and_its_steps_decide(small_run, tmp_path):
+    path, grids = tmp_path / "grid.png", []
+    for flags in [[], [], ["--seed", 4], ["--steps", 4], ["--sampler", "ddim"]]:
+        sample(small_run[0], "--sampler", "ddpm", "--seed", 3, *flags, "--grid", path)
+        grids.append(path.read_bytes())
+    assert grids[0] == grids[1] and len(set(grids)) == 4
 
 
 def test_samples_come_from_the_average_of_the_weights(small_run, tmp_path, monkeypatch):

@@ -69,6 +69,7 @@ def test_first_step_by_hand(root, model):
     pipe, risk = load(root / model), 0
     for x_0, t, eps, prompt in calls:    # 4 images of U and 2 of S
         assert same([t[:2], eps[:2], prompt[:2]], [t[4:], eps[4:], prompt[4:]])
+        assert t[:4].sort().values.diff().min() > 100    # spread evenly
         target = pipe.scheduler.get_velocity(x_0, eps, t) if model == "v_prediction" else eps
         output = pipe.unet(pipe.scheduler.add_noise(x_0, eps, t), t, prompt).sample
         loss_u, loss_s = (target - output).square().sum(dim=(1, 2, 3)).split([4, 2])
@@ -127,4 +128,7 @@ def test_resumption_is_exact_and_needs_the_same_flags(root, whole):
     refused("add --resume", *command)
     refused("--lr cannot", *command, "--lr", 1, "--resume")
     assert "steps 2 to 30" in run(*command, "--resume").stdout
-    assert same(*(torch.load(root / name / "ckpt.pt") for name in ["whole", "cut"]))
+    end, resumed = (torch.load(root / name / "ckpt.pt") for name in ["whole", "cut"])
+    assert same(end, resumed)
+    last, = end["optimizer"]["param_groups"]    # the rate falls from --lr to 0
+    assert last["lr"] == pytest.approx(1e-2 / 30)

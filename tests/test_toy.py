@@ -32,6 +32,10 @@ def test_the_picture_has_four_panels(toy):
     with Image.open(toy[0] / "toy.png") as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape[1] % 4 == 0
-    for panel in np.split(pixels, 4, axis=1):
+    panels = np.split(pixels, 4, axis=1)
+    for panel in panels[2:]:    # in which most points are normal, and blue
+        red_minus_blue = panel[:, :, 0].astype(int) - panel[:, :, 2]
+        assert (red_minus_blue < -60).sum() > 2 * (red_minus_blue > 60).sum()
+    for panel in panels:
         dots = (panel[60:-60] < 250).any(axis=2)    # between the two lines of text
         assert 0.03 < dots.mean() < 0.5 and dots[:, :210].any() and dots[:, 210:].any()

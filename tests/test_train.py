@@ -62,7 +62,7 @@ def test_learning_rate_and_average(tmp_path, pu_start):
     """Warm-up over a quarter of a short run, constant for half of it or until the PU risk begins,
     then a cosine down to 0. A row has the rate of its last step, number step - 1."""
     done = run("train.py", *SMALL, "--pu_start", pu_start, "--max_steps", 12, "--save_interval", 1,
-        "--out_dir", tmp_path / "run")
+               "--limit", 3, "--out_dir", tmp_path / "run")
     start = max(pu_start, 6)
     for row in read_log(tmp_path / "run"):
         step = row["step"] - 1
@@ -71,6 +71,9 @@ def test_learning_rate_and_average(tmp_path, pu_start):
         assert row["learning_rate"] == pytest.approx(lr)
     # half of a part of 3 steps, or (1 + 11) / (10 + 11)
     assert done.variables["ema_decay"](11) == pytest.approx(1 / 3 if pu_start else 12 / 21)
+    done.variables["args"].max_steps = 4000    # a long run is warm after 200 steps
+    assert done.variables["learning_rate"](99) == pytest.approx(2e-3 * 100 / 201)
+    assert (done.variables["typical"] is None) == (pu_start == 0)    # no cap before U is known
 
 
 def shown(*flags):
@@ -274,11 +277,12 @@ def test_compiled_it_is_one_graph_that_is_never_compiled_again(tmp_path, monkeyp
     ("supervised", [], "61 images of U and 3 of S", 2500 / 52500),
     ("supervised", ["--n_labeled", 100], "63 images of U and 1 of S", 100 / 50100),
 ])
-def test_baselines(tmp_path, algorithm, flags, counts, share):
+def test_baselines(small_run, tmp_path, algorithm, flags, counts, share):
     result = run("train.py", *SMALL, "--algorithm", algorithm, *flags, "--batch_size", 64,
+                 "--init_from", small_run[0] / "ckpt.pt", "--limit", 0.1,
                  "--max_steps", 2, "--save_interval", 1, "--out_dir", tmp_path / "run")
     assert counts in result.stdout
-    for row in read_log(tmp_path / "run"):    # sensitive images cost nothing where l is large
+    for row in read_log(tmp_path / "run"):    # large l: sensitive images cost nothing; no cap
         assert row["risk"] == pytest.approx((1 - share) * row["loss_unlabeled"], rel=1e-4)
 
 
@@ -348,7 +352,7 @@ def test_a_run_of_a_folder_is_resumed_from_another_place(small_run, tmp_path):
                     digest=data.digest(loaded.train)), mine / "scores.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(mine)
-        overhear("train.py", "--dataset", "folder", "--data_dir", "images", "--prior", "0.5",
+        overhear("train.py", "--dataset", "folder", "--data_dir", "images", "--prior", "0.4",
                  "--scores", "scores.pt", "--init_from", "ckpt.pt", "--batch_size", 16, "--device",
                  "cpu", "--dtype", "float32", "--max_steps", 3, "--out_dir", "run", killed=True)
     (mine / "scores.pt").rename(there / "scores.pt")
@@ -358,7 +362,7 @@ def test_a_run_of_a_folder_is_resumed_from_another_place(small_run, tmp_path):
             there / "other.pt")
     run("train.py", "--out_dir", "../mine/run", "--resume", "--scores", "scores.pt", cwd=there)
     ckpt = torch.load(mine / "run" / "ckpt.pt")
-    assert ckpt["step"] == 3 and ckpt["args"]["keep"] == 0.45
+    assert ckpt["step"] == 3 and ckpt["args"]["keep"] == pytest.approx(0.54)
     assert ckpt["args"]["scores"] == str(there / "scores.pt")
 
 
@@ -367,7 +371,12 @@ def test_where_the_last_checkpoint_is_missing_the_one_before_is_used(small_run, 
     folder = tmp_path / "run"
     shutil.copytree(small_run[0], folder)
     (folder / "ckpt.pt").unlink()
+    previous = torch.load(folder / "ckpt_prev.pt")
+    torch.save(previous | dict(seconds=100), folder / "ckpt_prev.pt")
     printed = run("train.py", "--out_dir", folder, "--resume").stdout
+    last = read_log(folder)[-1]    # its time and speed are those of the whole run
+    assert 100 < last["seconds"] < 200
+    assert last["images_per_second"] == pytest.approx(30 * 32 / last["seconds"], abs=0.1)
     assert "ckpt_prev.pt, is used instead" in printed and "from step 20;" in printed
     a, b = (torch.load(path / "ckpt.pt") for path in (folder, small_run[0]))
     assert same(a["ema"], b["ema"]) and a["step"] == 30
@@ -388,14 +397,15 @@ def test_resuming_from_nothing_or_from_garbage(tmp_path):
 @pytest.mark.parametrize("n_unlabeled, flags, steps", [
     (11000, ["--recipe", "paper"], 8594), (11000, ["--init_from", "ckpt.pt"], 1719),
     (11, ["--init_from", "ckpt.pt"], 300)])
-def test_recipes_with_epochs(small_run, tmp_path, n_unlabeled, flags, steps):
-    """Section 5 of the paper. An absurd learning rate ends the run at its first row of the log."""
+def test_recipes_with_epochs(small_run, tmp_path, monkeypatch, n_unlabeled, flags, steps):
+    """Section 5 of the paper."""
     shutil.copy(small_run[0] / "ckpt.pt", tmp_path)
-    run("train.py", "--prior", "1/11", "--n_unlabeled", n_unlabeled, "--n_labeled", 5, *flags,
-        "--save_interval", 1, "--lr", "1e38", "--device", "cpu", "--dtype", "float32",
-        "--out_dir", "run", cwd=tmp_path, check=False)
+    monkeypatch.chdir(tmp_path)
+    overhear("train.py", "--prior", "1/11", "--n_unlabeled", n_unlabeled, "--n_labeled", 5, *flags,
+             "--device", "cpu", "--dtype", "float32", "--out_dir", "run", killed=True)
     args = json.loads((tmp_path / "run" / "args.json").read_text())["flags"]
-    assert (args["max_steps"], args["pu_start"], args["warmup_steps"]) == (steps, 0, 500)
+    expected = dict(max_steps=steps, pu_start=0, lr=1e-4, warmup_steps=500, constant_lr=0)
+    assert {name: args[name] for name in expected} == expected
     if flags[0] == "--recipe":
         expected = dict(network="paper", schedule="linear", prediction="eps", correction="abs",
                         limit=math.inf)
