@@ -26,6 +26,7 @@ are sorted, those most like S first. The last line printed is JSON and holds all
 import json
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,7 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
     classifier that has not seen it, above 0 for S; without, minus its distance to the nearest of S.
 
     The Frechet distance is to n images of normal_test/ or, without it, of U; n others of them show
-    its floor. It depends on n, so each row is of n images, or has no distance if it has fewer."""
+    its floor. It depends on n, so a row has the mean over all its chunks of n images, if any."""
     torch.manual_seed(seed)
     u, s, normal = (index[torch.randperm(len(index))[:10_000]] for index in split("folder", data))
     groups = dict(images=images, unlabeled=data.train[u], sensitive=data.train[s],
@@ -169,10 +170,11 @@ def compare(images: torch.Tensor, data: Images, hflip: bool, seed: int,
         for row, z in zip(rows.values(), logits):
             row |= with_interval("like_s", int((z > 0).sum()), len(z))
         say(f"like_s: share that looks like S{', mirrored or not' if hflip else ''}")
-    say(f"distance: Frechet distance to {n} of {reference}/")
+    say(f"distance: mean Frechet distance of {n} images to {n} of {reference}/")
     for name, row in rows.items():
-        if len(features[name]) >= n:
-            row["distance"] = frechet_distance(features[name][:n], target)
+        chunks = [chunk for chunk in features[name].split(n) if len(chunk) == n]
+        if chunks:
+            row["distance"] = fmean(frechet_distance(chunk, target) for chunk in chunks)
         say(f"{name:12}" + "".join(f"  {key} {value:<8.5g}" for key, value in row.items()))
     return rows, like_s
 
@@ -249,7 +251,7 @@ def main():
         images = draw(args, model, diffusion, device)
     else:
         images = read_images(args.images, channels, size)
-        if own:    # the distance is of the first n, and names may sort them by kind
+        if own:    # names may sort them by kind, and the distance is of n at a time
             images = images[torch.randperm(len(images), generator=torch.manual_seed(args.seed))]
     if len(images) < 2:
         raise UserError(f"FID needs two images or more: --n or --images gives {len(images)}")

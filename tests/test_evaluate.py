@@ -15,7 +15,7 @@ import classifier
 import data
 import evaluate
 import sample
-from evaluate import classes_and_features, frechet_distance, load_judge, with_interval
+from evaluate import classes_and_features, compare, frechet_distance, load_judge, with_interval
 
 CPU = torch.device("cpu")
 JUDGE = ROOT / "data" / "mnist" / "classifier_28x1.pt"
@@ -222,7 +222,7 @@ def test_images_beside_a_folder(folder, tmp_path):
         images=(60, 0.5), unlabeled=(80, 0.25), sensitive=(40, 1), normal_test=(60, 0))
     assert rows["images"]["like_s_low"] < 0.5 < rows["images"]["like_s_high"]
     assert rows["normal_test"]["distance"] < rows["unlabeled"]["distance"]
-    # the distance of 30 images: of both kinds, though the first 30 by name are normal
+    # of 30 images at a time, each time of both kinds, though the first 30 by name are normal
     assert rows["unlabeled"]["distance"] < rows["images"]["distance"]
     shown = pixels(tmp_path / "evaluation.png")[::21, ::21].reshape(-1, 3)[:60]
     red = [frame.tolist() == [255, 0, 0] for frame in shown]    # like S: first, framed
@@ -247,6 +247,11 @@ def test_without_normal_images_less_is_measured(folder, tmp_path):
     assert rows["unlabeled"].keys() == rows["images"].keys() == {"n", "distance"}
     shown = pixels(tmp_path / "evaluation.png")[2:18, 2:18, 0]    # the nearest to S comes first
     assert np.array_equal(shown, images[7, 0])
+    loaded = data.load("folder", tmp_path, 16)    # U has 80 images, so n is 40
+    a, b = torch.randint(256, (40, 3, 16, 16)).byte(), torch.zeros(40, 3, 16, 16).byte()
+    first, second, both = (compare(x, loaded, False, 0, CPU)[0]["images"]["distance"]
+                           for x in (a, b, torch.cat([a, b])))
+    assert both == pytest.approx((first + second) / 2)
     for path in sorted((tmp_path / "unlabeled").iterdir())[3:]:
         path.unlink()
     (tmp_path / "images" / "00000.png").write_text("which is not read any more")
