@@ -87,7 +87,7 @@ def load_records(name: str, folder: Path) -> tuple:
     if not top.exists():
         fetch(urls, archive, check_md5, md5)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:    # whole or not at all
-            shutil.unpack_archive(archive, temporary, filter="data")    # no paths outside
+            shutil.unpack_archive(archive, temporary)
             os.replace(Path(temporary, top.name), top)
         archive.unlink()
     arrays = []
