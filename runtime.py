@@ -5,7 +5,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -42,7 +41,8 @@ def explain(kind, error, trace):
     script = Path(sys.argv[0]).name
     if isinstance(error, (UserError, OSError)):
         warn(f"{script}: error: {error}")
-    elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate", str(error)):
+    elif isinstance(error, MemoryError) or any(
+            words in str(error) for words in ["out of memory", "can't allocate memory"]):
         warn(f"{script}: error: out of memory: try a smaller --batch_size or --image_size")
     elif isinstance(error, KeyboardInterrupt):
         warn(f"{script}: interrupted")
@@ -110,7 +110,7 @@ def plain(args: argparse.Namespace) -> dict:
 def save_args(args: argparse.Namespace, device: torch.device, path: Path):
     """Writes what a run was: its flags, command, machine, version of torch, and commit if any, with
     "-dirty" where files have changed since."""
-    git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True,
+    git = subprocess.run("git describe --always --dirty --abbrev=40", shell=True,    # or no git
                          cwd=Path(__file__).parent, capture_output=True, text=True)
     machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if device.type == "cuda":
