@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from table import CASES, CURVES, METHODS, REAL, ROOT, evaluated
+from table import BY_SEED, CASES, CURVES, METHODS, REAL, ROOT, evaluated, read_results
 
 COLORS = dict(zip(METHODS, ["0.6", "tab:brown", "tab:blue", "tab:orange", "tab:green", "0.3"]))
 plt.rcParams.update({"font.size": 12, "axes.labelsize": 13, "axes.titlesize": 13})
@@ -29,16 +29,20 @@ def measures(result: dict) -> tuple:
     return 100 * (1 - result["rate"]), result["fid"]
 
 def draw_methods():
-    """A short line for each method that all cases have. Dashed: real normal images."""
+    """A short line for each method that all cases have, and a dot for each other seed. Dashed: real
+    normal images."""
+    results = read_results()
     cases = {title: evaluated(title) for title in CASES}
     methods = [method for method in METHODS if all(method in found for found in cases.values())]
     figure, columns = panels(len(cases), 4)
     for (title, found), (above, below) in zip(cases.items(), columns):
         above.set_title(title)
         for place, method in enumerate(methods):
-            for axes, value in zip([above, below], measures(found[method])):
+            others = [results[run] for run in BY_SEED[title][method][1:] if run in results]
+            for axes, value, *dots in zip([above, below], *map(measures, [found[method], *others])):
+                axes.plot([place] * len(dots), dots, "o", color="0", markersize=3)
                 axes.hlines(value, place - 0.4, place + 0.4, color=COLORS[method], linewidth=4)
-                axes.annotate(f"{value:.2g}", (place, value), (0, 6),
+                axes.annotate(f"{value:.2g}", (place, max([value, *dots])), (0, 6),
                               textcoords="offset points", ha="center")
         for axes, value in zip([above, below], measures(found[REAL])):
             axes.axhline(value, color="0.5", ls="--", lw=1, zorder=0)

@@ -42,7 +42,7 @@ METHODS = {    # name: flags of train.py, where SCORES is a file and KEEP a numb
     "filter alone": "--algorithm unsupervised --scores SCORES",
     "filter, then PU": "--scores SCORES --keep KEEP",
     "oracle": "--algorithm oracle"}
-SEEDS = {"": "", ", seed 1": " --seed 1", ", seed 2": " --seed 2"}    # what a title says: flags
+SEEDS = ["", " --seed 1", " --seed 2"]
 REAL = "real normal images"
 FILTERS = {}    # file of scores: the flags of pu_filter.py that make it; filled by `run`
 
@@ -97,21 +97,24 @@ OTHERS = {    # title: {row: run}
         for name in ["PU", "filter alone"] for lr in ["", ", --lr 1e-3"]},
     "photographs, half of U shows animals": {
         name: run(PHOTOS, f"--recipe small {METHODS[name]}", 3000)
-        for name in ["PU", "unsupervised", "oracle"]},
-    "emoji, flags are sensitive": {
-        name + seed: run(EMOJI + flag, f"--recipe tiny {flags}", 3000, more="--n 1000")
-        for name, flags in (METHODS | {"PU without the cap": "--limit inf"}).items()
-        if name != "oracle"    # a folder has no labels
-        for seed, flag in SEEDS.items()}}
+        for name in ["PU", "unsupervised", "oracle"]}}
+BY_SEED = {    # title: {method: a run with each seed}
+    title: {method: [run(data + seed, flags, steps) for seed in SEEDS]
+            for method, flags in METHODS.items()}
+    for title, (data, steps) in CASES.items()}
+BY_SEED["emoji, flags are sensitive"] = {
+    method: [run(EMOJI + seed, f"--recipe tiny {flags}", 3000, more="--n 1000") for seed in SEEDS]
+    for method, flags in (METHODS | {"PU without the cap": "--limit inf"}).items()
+    if method != "oracle"}    # a folder has no labels
 TABLES = {    # title: {row: run}
-    title + seed: {method: run(data + flag, flags, steps) for method, flags in METHODS.items()}
-    for title, (data, steps) in CASES.items() for seed, flag in SEEDS.items()}
+    title: {method: runs[0] for method, runs in rows.items()} for title, rows in BY_SEED.items()}
 TABLES["Fashion-MNIST, half of U is shirts"]["filter alone, --keep 0.35"] = run(
     SHIRTS, f"{METHODS['filter alone']} --keep 0.35", 3000)
 TABLES |= CURVES | OTHERS
 
-def runs_of(tables: dict) -> list:
-    return [run for rows in tables.values() for run in rows.values()]
+def all_runs() -> list:
+    seeds = [runs for rows in BY_SEED.values() for runs in rows.values()]
+    return list(dict.fromkeys(sum([list(rows.values()) for rows in TABLES.values()] + seeds, [])))
 
 # -----------------------------------------------------------------------------
 # training and evaluation
@@ -140,7 +143,7 @@ def make(jobs: int):
     """Does all that has no line yet, several runs at a time. Raises UserError where one fails."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // jobs))
     done, todo = read_results(), {}    # flags of train.py: several of evaluate.py
-    for flags, more in dict.fromkeys(runs_of(TABLES)):
+    for flags, more in all_runs():
         if (flags, more) not in done:
             todo.setdefault(flags, []).append(more)
     filters = [["pu_filter.py", *data.split(), "--out_dir", str(Path(scores).parent)]
@@ -177,19 +180,25 @@ def evaluated(title: str) -> dict:
 
 def markdown() -> dict:
     """-> {title: table} of all that was evaluated. 95 %: half the width of the rate's interval"""
-    tables = {}
+    results, tables = read_results(), {}
     for title in TABLES:
-        found, measures = evaluated(title), "non-sensitive rate | 95 % | FID"
+        found, columns = evaluated(title), [title, "non-sensitive rate", "95 %", "FID", "flags"]
         if any("groups" in result for result in found.values()):    # images without classes
-            measures = "not like S | 95 % | distance"
-        lines = [f"| {title} | {measures} | flags |", "| --- | --- | --- | --- | --- |"]
+            columns[1:4] = ["not like S", "95 %", "distance"]
+        if title in BY_SEED:
+            columns.insert(4, "seeds 1 and 2")
+        lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
         for row, result in found.items():
             interval = ""
             if row != REAL:
                 interval = f"± {(result['rate_high'] - result['rate_low']) / 2:.3f}"
-            flags = ", ".join(f"`{short(words)}`" for words in TABLES[title].get(row, []) if words)
-            lines.append(f"| {row} | {result['rate']:.3f} | {interval} | {result['fid']:.2f} "
-                         f"| {flags} |")
+            cells = [str(row), f"{result['rate']:.3f}", interval, f"{result['fid']:.2f}"]
+            if title in BY_SEED:
+                seeds = map(results.get, BY_SEED[title].get(row, [])[1:])
+                cells.append("; ".join(f"{r['rate']:.3f}, {r['fid']:.2f}" for r in seeds if r))
+            flags = TABLES[title].get(row, [])
+            cells.append(", ".join(f"`{short(words)}`" for words in flags if words))
+            lines.append(f"| {' | '.join(cells)} |")
         if found:
             tables[title] = "\n".join(lines)
     return tables

@@ -40,7 +40,7 @@ def test_published_tables_and_figures_are_those_of_the_results(table):
 
 def test_its_flags_are_those_of_the_scripts(table):
     help_of = {script: run(script, "--help").stdout for script in ["train.py", "evaluate.py"]}
-    for flags, evaluate_flags in table.runs_of(table.TABLES):
+    for flags, evaluate_flags in table.all_runs():
         for script, words in [("train.py", flags), ("evaluate.py", evaluate_flags)]:
             assert all(f"{name} " in help_of[script] for name in re.findall(r"--\w+", words))
     curves, title = table.CURVES, "MNIST, half of U is odd"
@@ -69,8 +69,9 @@ def test_it_makes_what_is_missing_and_goes_on_after_a_failure(table, monkeypatch
     """With small scripts in the place of the real ones; three runs at a time, then one."""
     title = "MNIST, half of U is odd"
     tables = {title: table.TABLES[title] for title in [title, "steps of the sampler, dpm++"]}
-    runs = table.runs_of(tables)
     monkeypatch.setattr(table, "TABLES", tables)
+    monkeypatch.setattr(table, "BY_SEED", {title: {"PU": table.BY_SEED[title]["PU"]}})
+    runs = table.all_runs()
     monkeypatch.setattr(table, "CASES", {title: table.CASES[title]})
     (tmp_path / "results").mkdir()
     for name in ["train.py", "evaluate.py", "pu_filter.py"]:
@@ -88,9 +89,12 @@ def test_it_makes_what_is_missing_and_goes_on_after_a_failure(table, monkeypatch
 
     lines = [json.loads(line) for line in (tmp_path / "results" / "results.jsonl").open()]
     assert {(line["flags"], line["evaluate_flags"]) for line in lines} == set(runs)
-    assert len(lines) == len(set(runs))
+    assert len(lines) == len(runs)
+    assert {line["flags"] for line in lines} > {
+        "--prior 0.5 --max_steps 4000", "--prior 0.5 --seed 2 --max_steps 4000"}
     assert sum(line.startswith("pu_filter.py") for line in calls) == 1    # for two methods
     assert table.markdown()[title].count("| 0.900 | ± 0.010 | 4.00 |") == len(table.METHODS)
+    assert "| PU | 0.900 | ± 0.010 | 4.00 | 0.900, 4.00; 0.900, 4.00 | `" in table.markdown()[title]
 
 
 def test_it_draws_the_log_of_a_run(table, small_run, tmp_path):
