@@ -114,6 +114,7 @@ TABLES["Fashion-MNIST, half of U is shirts"]["filter alone, --keep 0.35"] = run(
 TABLES |= CURVES | OTHERS
 
 def all_runs() -> list:
+    """-> the runs of all tables, each once"""
     seeds = [runs for rows in BY_SEED.values() for runs in rows.values()]
     return list(dict.fromkeys(sum([list(rows.values()) for rows in TABLES.values()] + seeds, [])))
 
