@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from table import BY_SEED, CASES, CURVES, METHODS, REAL, ROOT, evaluated, read_results
+from table import CASES, CURVES, METHODS, REAL, ROOT, evaluated, other_seeds
 
 COLORS = dict(zip(METHODS, ["0.6", "tab:brown", "tab:blue", "tab:orange", "tab:green", "0.3"]))
 plt.rcParams.update({"font.size": 12, "axes.labelsize": 13, "axes.titlesize": 13})
@@ -31,15 +31,14 @@ def measures(result: dict) -> tuple:
 def draw_methods():
     """A short line for each method that all cases have, and a dot for each other seed. Dashed: real
     normal images."""
-    results = read_results()
     cases = {title: evaluated(title) for title in CASES}
     methods = [method for method in METHODS if all(method in found for found in cases.values())]
     figure, columns = panels(len(cases), 4)
     for (title, found), (above, below) in zip(cases.items(), columns):
         above.set_title(title)
         for place, method in enumerate(methods):
-            others = [results[run] for run in BY_SEED[title][method][1:] if run in results]
-            for axes, value, *dots in zip([above, below], *map(measures, [found[method], *others])):
+            results = [found[method], *other_seeds(title, method)]
+            for axes, value, *dots in zip([above, below], *map(measures, results)):
                 axes.plot([place] * len(dots), dots, "o", color="0", markersize=3)
                 axes.hlines(value, place - 0.4, place + 0.4, color=COLORS[method], linewidth=4)
                 axes.annotate(f"{value:.2g}", (place, max([value, *dots])), (0, 6),

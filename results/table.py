@@ -180,9 +180,14 @@ def evaluated(title: str) -> dict:
         found[REAL] = dict(rate=1 - result["false_alarms"], fid=result["fid_floor"])
     return found
 
+def other_seeds(title: str, row: str) -> list:
+    """-> the results with the other seeds, as far as they were evaluated"""
+    results = read_results()
+    return [results[run] for run in BY_SEED[title].get(row, [])[1:] if run in results]
+
 def markdown() -> dict:
     """-> {title: table} of all that was evaluated. 95 %: half the width of the rate's interval"""
-    results, tables = read_results(), {}
+    tables = {}
     for title in TABLES:
         found, columns = evaluated(title), [title, "non-sensitive rate", "95 %", "FID", "flags"]
         if any("groups" in result for result in found.values()):    # images without classes
@@ -196,8 +201,8 @@ def markdown() -> dict:
                 interval = f"± {(result['rate_high'] - result['rate_low']) / 2:.3f}"
             cells = [str(row), f"{result['rate']:.3f}", interval, f"{result['fid']:.2f}"]
             if title in BY_SEED:
-                seeds = map(results.get, BY_SEED[title].get(row, [])[1:])
-                cells.append("; ".join(f"{r['rate']:.3f}, {r['fid']:.2f}" for r in seeds if r))
+                cells.append("; ".join(f"{other['rate']:.3f}, {other['fid']:.2f}"
+                                       for other in other_seeds(title, row)))
             flags = TABLES[title].get(row, [])
             cells.append(", ".join(f"`{short(words)}`" for words in flags if words))
             lines.append(f"| {' | '.join(cells)} |")
