@@ -124,12 +124,10 @@ def open_log(path: Path, columns: list, last_step: int) -> csv.DictWriter:
     """-> a log with these columns, "step" first, to go on with. Rows after last_step are dropped:
     they will be written again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [line for line in lines if line.endswith("\n") and line.split(",")[0].isdigit()]
-    file = path.open("w", newline="", buffering=1)
-    log = csv.DictWriter(file, columns, lineterminator="\n")
-    log.writeheader()
-    file.writelines(row for row in rows if int(row.split(",")[0]) <= last_step)
-    return log
+    rows = [line for line in lines if line.endswith("\n") and line.split(",")[0].isdigit()
+            and int(line.split(",")[0]) <= last_step]
+    write_whole(path, lambda file: file.write("".join([",".join(columns), "\n", *rows]).encode()))
+    return csv.DictWriter(path.open("a", newline="", buffering=1), columns, lineterminator="\n")
 
 
 # -----------------------------------------------------------------------------
